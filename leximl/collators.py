@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# %% ../nbs/02_collators.ipynb #300a9806
+# %% ../nbs/02_collators.ipynb #d8ed7983
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 # %% ../nbs/02_collators.ipynb #4b4feeb4
 from .core import ParameterError
@@ -38,41 +39,48 @@ def cut_batches(
         batches[-1].append(number)
     return batches
 
-# %% ../nbs/02_collators.ipynb #c076ba2d
+# %% ../nbs/02_collators.ipynb #bcf023e5
 @dataclass(frozen=True)
 class BatchPlan:
     "Makes each epoch's list of batches from the lengths, a seed and the epoch."
-    token_budget: int = 4096
-    batch_size: int = 32
-    window: int = 1024
+    token_budget: int = 4096 # Most tokens in a batch, padding included
+    batch_size: int = 32 # Most rows in a batch
+    window: int = 1024 # Examples that are sorted by length together
     def __post_init__(self) -> None:
         for name in ("token_budget", "batch_size", "window"):
             if getattr(self, name) < 1: raise ParameterError(f"{name} must be at least 1, got {getattr(self, name)}")
-    def batches(
-        self,
-        lengths: Sequence[int], # Tokens of each example [B]
-        seed: int, # The run's seed
-        epoch: int, # Epoch, from 1
-        numbers: Sequence[int] | None = None, # Examples to use, repeats allowed; all of them by default
-    ) -> list[list[int]]: # Example numbers of each batch
-        "The batches of one epoch of training: shuffled, alike in length."
-        order = random.Random(f"{seed} {epoch}")
-        shuffled = list(range(len(lengths)) if numbers is None else numbers)
-        order.shuffle(shuffled)
-        windows = [shuffled[start:start + self.window] for start in range(0, len(shuffled), self.window)]
-        cut = [cut_batches(sorted(part, key=lengths.__getitem__), lengths, self.token_budget, self.batch_size) for part in windows]
-        batches = [batch for part in cut for batch in part]
-        order.shuffle(batches)
-        return batches
-    def in_order(
-        self,
-        lengths: Sequence[int], # Tokens of each example [B]
-    ) -> list[list[int]]: # Example numbers of each batch, the longest first
-        "The batches of an evaluation: all examples once, longest first, so that memory runs out at once or never."
-        ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
-        return cut_batches(ordered, lengths, self.token_budget, self.batch_size)[::-1]
 
-# %% ../nbs/02_collators.ipynb #8e105fdb
+# %% ../nbs/02_collators.ipynb #b7593c1c
+@patch
+def batches(
+    self: BatchPlan,
+    lengths: Sequence[int], # Tokens of each example [B]
+    seed: int, # The run's seed
+    epoch: int, # Epoch, from 1
+    numbers: Sequence[int] | None = None, # Examples to use, repeats allowed; all of them by default
+) -> list[list[int]]: # Example numbers of each batch
+    "The batches of one epoch of training: shuffled, alike in length."
+    order = random.Random(f"{seed} {epoch}")
+    shuffled = list(range(len(lengths)) if numbers is None else numbers)
+    order.shuffle(shuffled)
+    found: list[list[int]] = []
+    for start in range(0, len(shuffled), self.window):
+        ordered = sorted(shuffled[start:start + self.window], key=lengths.__getitem__)
+        found += cut_batches(ordered, lengths, self.token_budget, self.batch_size)
+    order.shuffle(found)
+    return found
+
+# %% ../nbs/02_collators.ipynb #5d94e30d
+@patch
+def in_order(
+    self: BatchPlan,
+    lengths: Sequence[int], # Tokens of each example [B]
+) -> list[list[int]]: # Example numbers of each batch, the longest first
+    "The batches of an evaluation: all examples once, longest first."
+    ordered = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return cut_batches(ordered, lengths, self.token_budget, self.batch_size)[::-1]
+
+# %% ../nbs/02_collators.ipynb #a3ff80f3
 def padding_share(
     batches: Iterable[Sequence[int]], # Example numbers of each batch
     lengths: Sequence[int], # Tokens of each example
@@ -86,7 +94,7 @@ def padding_share(
         tokens += sum(sizes)
     return 1 - tokens / cells if cells else 0.0
 
-# %% ../nbs/02_collators.ipynb #02729b35
+# %% ../nbs/02_collators.ipynb #3abecd56
 def oversample(
     strata: Sequence[str], # Stratum of each example [B], such as its tier
     strength: float, # From 0 (as found) to 1 (all strata equally frequent)
@@ -99,21 +107,22 @@ def oversample(
     draw = random.Random(seed)
     return [number for number, name in enumerate(strata) for _ in range(int(times[name] + draw.random()))]
 
-# %% ../nbs/02_collators.ipynb #3e231ec0
+# %% ../nbs/02_collators.ipynb #3e4bf984
 @dataclass(frozen=True)
 class RegressionCollator:
     "Examples with K scores each → padded tensors."
-    pad_id: int = 0
+    pad_id: int = 0 # Token that fills up the shorter texts
     def __call__(
         self,
         examples: Sequence[dict[str, Any]], # Each with `input_ids` or `embedding`, and `labels` [K] where known
     ) -> dict[str, torch.Tensor]: # `input_ids` and `attention_mask` [B, S], or `embedding` [B, D]; `labels` [B, K]
         "Put a batch together."
         batch = stack_embeddings(examples) if "embedding" in examples[0] else pad_tokens(examples, self.pad_id)
-        if "labels" in examples[0]: batch["labels"] = torch.tensor([one["labels"] for one in examples], dtype=torch.float32)
+        if "labels" in examples[0]:
+            batch["labels"] = torch.tensor([one["labels"] for one in examples], dtype=torch.float32)
         return batch
 
-# %% ../nbs/02_collators.ipynb #fd73d406
+# %% ../nbs/02_collators.ipynb #4b5b290f
 def pad_tokens(
     examples: Sequence[dict[str, Any]], # Each with `input_ids`
     pad_id: int, # Fills up the shorter ones

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LONGEST_LINE', 'SECRET_NAME', 'SECRET_VALUE', 'ParametersType', 'LeximlError', 'ParameterError', 'DataError',
-           'ConfigError', 'RunError', 'MissingExtraError', 'expect_error', 'nearest', 'require', 'atomic_path',
-           'write_text', 'write_json', 'read_json', 'Quarantine', 'write_jsonl', 'parse_lines', 'read_jsonl',
-           'fingerprint', 'file_sha256', 'project_folder', 'environment_facts', 'RunFolder', 'seed_everything',
-           'choose_device', 'choose_precision', 'Parameters', 'parameters_cell', 'parameters_table', 'check_parameters',
-           'read_yaml', 'take_parameters', 'progress_bar']
+           'ConfigError', 'RunError', 'MissingExtraError', 'expect_error', 'nearest', 'require', 'flush_to_disk',
+           'atomic_path', 'write_text', 'write_json', 'read_json', 'write_jsonl', 'read_yaml', 'Quarantine',
+           'parse_lines', 'read_jsonl', 'fingerprint', 'file_sha256', 'project_folder', 'environment_facts',
+           'RunFolder', 'seed_everything', 'choose_device', 'choose_precision', 'Parameters', 'parameters_cell',
+           'parameters_table', 'check_parameters', 'take_parameters', 'progress_bar']
 
 # %% ../nbs/00_core.ipynb #ba65db40
 import ast
@@ -31,13 +31,12 @@ from typing import IO, Any, TypeVar
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-# %% ../nbs/00_core.ipynb #120f019f
+# %% ../nbs/00_core.ipynb #d30e004d
 class LeximlError(Exception):
     "An error this library explains: the value received, the rule it broke, and what to do."
     def _render_traceback_(self) -> list[str]:
         return [f"{type(self).__name__}: {self}"]
 
-# %% ../nbs/00_core.ipynb #353146dd
 class ParameterError(LeximlError, ValueError):
     "A parameter of a run is unknown, of the wrong type, or out of its range."
 
@@ -53,7 +52,7 @@ class RunError(LeximlError, RuntimeError):
 class MissingExtraError(LeximlError, ImportError):
     "An optional library is not installed; the message names the extra that brings it."
 
-# %% ../nbs/00_core.ipynb #d45e3631
+# %% ../nbs/00_core.ipynb #62cb8021
 @contextmanager
 def expect_error(
     error: type[BaseException], # The error the block must raise
@@ -67,7 +66,7 @@ def expect_error(
         if missing: raise AssertionError(f"the text lacks {missing}") from caught
     else: raise AssertionError(f"nothing raised; expected {error.__name__}")
 
-# %% ../nbs/00_core.ipynb #396a3eb5
+# %% ../nbs/00_core.ipynb #329eda95
 def nearest(
     name: str, # What was written
     options: Iterable[str], # What could have been meant
@@ -76,7 +75,6 @@ def nearest(
     found = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
     return f" Did you mean '{found[0]}'?" if found else ""
 
-# %% ../nbs/00_core.ipynb #0220d0af
 def require(
     module: str, # Module to import, such as "peft"
     extra: str, # The extra that installs it
@@ -86,7 +84,14 @@ def require(
     except ModuleNotFoundError as error:
         raise MissingExtraError(f"'{module}' is not installed: pip install 'leximl[{extra}]'") from error
 
-# %% ../nbs/00_core.ipynb #485069bc
+# %% ../nbs/00_core.ipynb #2f45d183
+def flush_to_disk(
+    path: str | Path, # A written file
+) -> None:
+    "Wait until a file's content is on the disk, not in the system's memory only."
+    with open(path, "rb") as file: os.fsync(file.fileno())
+
+# %% ../nbs/00_core.ipynb #22a3fe2d
 @contextmanager
 def atomic_path(
     path: str | Path, # The file that shall appear
@@ -97,14 +102,11 @@ def atomic_path(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        _flush_to_disk(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, path)
     finally: temporary.unlink(missing_ok=True)
 
-def _flush_to_disk(path: Path) -> None:
-    with open(path, "rb") as file: os.fsync(file.fileno())
-
-# %% ../nbs/00_core.ipynb #33361477
+# %% ../nbs/00_core.ipynb #72ea0ffc
 def write_text(
     path: str | Path, # File to write
     text: str, # Its whole content
@@ -119,7 +121,7 @@ def write_json(
     "Write one JSON value, indented, whole or not at all."
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n")
 
-# %% ../nbs/00_core.ipynb #a7081042
+# %% ../nbs/00_core.ipynb #f0e2d530
 def read_json(
     path: str | Path, # File to read
 ) -> Any: # The value in it
@@ -128,14 +130,37 @@ def read_json(
     except FileNotFoundError as error: raise DataError(f"{path} does not exist") from error
     except ValueError as error: raise DataError(f"{path} is not JSON: {error}") from error
 
-# %% ../nbs/00_core.ipynb #9d977b62
+# %% ../nbs/00_core.ipynb #0e4d4b71
+def write_jsonl(
+    path: str | Path, # File to write
+    records: Iterable[Any], # One JSON value a line
+) -> int: # How many lines were written
+    "Write JSON Lines whole or not at all."
+    number = 0
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        for number, record in enumerate(records, 1):
+            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+    return number
+
+# %% ../nbs/00_core.ipynb #dabdf367
+def read_yaml(
+    path: str | Path, # YAML file that holds a mapping
+) -> dict[str, Any]: # What it says
+    "Read a YAML mapping safely: data only, no objects."
+    import yaml
+    try: value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error: raise ConfigError(f"{path} does not exist") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(value, dict): raise ConfigError(f"{path} holds {type(value).__name__}, not names with values")
+    return value
+
+# %% ../nbs/00_core.ipynb #b307d552
 class Quarantine:
     "Rows set aside, each with its file, line and reason."
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
     def __len__(self) -> int: return len(self.rows)
 
-# %% ../nbs/00_core.ipynb #0adc1f81
 @patch
 def add(
     self: Quarantine,
@@ -148,7 +173,7 @@ def add(
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
     self.rows.append({"file": Path(file).name, "line": line, "reason": reason, "row": text[:500]})
 
-# %% ../nbs/00_core.ipynb #e1768b65
+# %% ../nbs/00_core.ipynb #94063f7c
 @patch
 def counts(
     self: Quarantine,
@@ -156,7 +181,6 @@ def counts(
     "How many rows were set aside, by reason with its numbers and names left out."
     return dict(Counter(re.sub(r"\s*[:(].*", "", row["reason"], flags=re.S) for row in self.rows).most_common())
 
-# %% ../nbs/00_core.ipynb #8096e8d6
 @patch
 def save(
     self: Quarantine,
@@ -165,20 +189,10 @@ def save(
     "Write the rows set aside as JSON Lines."
     write_jsonl(path, self.rows)
 
-# %% ../nbs/00_core.ipynb #3b149846
-def write_jsonl(
-    path: str | Path, # File to write
-    records: Iterable[Any], # One JSON value a line
-) -> int: # How many lines were written
-    "Write JSON Lines whole or not at all."
-    number = 0
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for number, record in enumerate(records, 1):
-            file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-    return number
-
-# %% ../nbs/00_core.ipynb #76d90081
+# %% ../nbs/00_core.ipynb #d9bec350
 LONGEST_LINE = 2_000_000 # Bytes; an article longer than this is a mistake in the export, not an article
+
+def _refuse_constant(name: str) -> None: raise ValueError(f"{name} is not a JSON number")
 
 def _parse_line(raw: bytes) -> dict[str, Any]:
     "The object in one line, or a `DataError` with the reason."
@@ -189,8 +203,6 @@ def _parse_line(raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error: raise DataError(f"not JSON: {error}") from error
     if not isinstance(record, dict): raise DataError(f"not a JSON object: {type(record).__name__}")
     return record
-
-def _refuse_constant(name: str) -> None: raise ValueError(f"{name} is not a JSON number")
 
 def parse_lines(
     file: IO[bytes], # An open binary file or stream, such as `sys.stdin.buffer`
@@ -205,7 +217,7 @@ def parse_lines(
             if quarantine is None: raise DataError(f"{name}, line {line}: {error}") from error
             quarantine.add(name, line, str(error), raw[:600].decode("utf-8", "replace"))
 
-# %% ../nbs/00_core.ipynb #99a0109f
+# %% ../nbs/00_core.ipynb #666c139d
 def read_jsonl(
     path: str | Path, # File to read
     quarantine: Quarantine | None = None, # Takes the bad rows; without one the first bad row is an error
@@ -216,7 +228,7 @@ def read_jsonl(
     if not path.stat().st_size: raise DataError(f"{path} is empty: give a file with one JSON object a line")
     with open(path, "rb") as file: yield from parse_lines(file, path.name, quarantine)
 
-# %% ../nbs/00_core.ipynb #4cd85512
+# %% ../nbs/00_core.ipynb #2b1c39f2
 def fingerprint(
     value: Any, # Anything JSON can hold
 ) -> str: # 32 hexadecimal digits
@@ -224,20 +236,19 @@ def fingerprint(
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
-# %% ../nbs/00_core.ipynb #6d6322a4
 def file_sha256(
     path: str | Path, # File to read
 ) -> str: # 64 hexadecimal digits
     "The SHA-256 of a file, read in pieces."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #cb3d9ede
+# %% ../nbs/00_core.ipynb #0fffa256
 def project_folder() -> Path: # The folder that holds `filters/`, `reports/` and `runs/`
     "The project the user stands in: the current folder, or its parent when that is a project's `nbs/`."
     here = Path.cwd()
     return here.parent if here.name == "nbs" else here
 
-# %% ../nbs/00_core.ipynb #640eba50
+# %% ../nbs/00_core.ipynb #e8ff2211
 def environment_facts() -> dict[str, Any]: # Python, platform, processors and package versions
     "What a run ran on, for its manifest: no host name, no path, no user."
     packages = ("leximl", "torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "safetensors")
@@ -249,7 +260,7 @@ def _version(package: str) -> str:
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return ""
 
-# %% ../nbs/00_core.ipynb #ad49ba77
+# %% ../nbs/00_core.ipynb #3d56e88c
 class RunFolder:
     "A run's folder: `manifest.json`, `status.json`, and whatever the recipe leaves there."
     def __init__(
@@ -259,6 +270,7 @@ class RunFolder:
     ) -> None:
         self.path, self.identity = Path(path), json.loads(json.dumps(identity, default=str))
 
+# %% ../nbs/00_core.ipynb #8f4c091c
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     "Where two identities differ, as readable lines."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -266,7 +278,6 @@ def _differences(old: Any, new: Any, name: str = "") -> list[str]:
         return [line for key in keys for line in _differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))]
     return [] if old == new else [f"{name}: {old!r} there, {new!r} asked for"]
 
-# %% ../nbs/00_core.ipynb #93bc0bf9
 @patch
 def start(
     self: RunFolder,
@@ -277,7 +288,8 @@ def start(
     if manifest.exists():
         differences = _differences(read_json(manifest).get("identity"), self.identity)
         if differences:
-            raise RunError(f"{self.path} holds another run ({'; '.join(differences)}): choose another `out`, or remove that folder")
+            raise RunError(f"{self.path} holds another run ({'; '.join(differences)}): "
+                           "choose another `out`, or remove that folder")
     elif self.path.exists() and any(self.path.iterdir()):
         raise RunError(f"{self.path} is not empty and holds no run: choose another `out`")
     self._lock()
@@ -285,7 +297,7 @@ def start(
     if not manifest.exists(): self.update_manifest(identity=self.identity, environment=environment_facts())
     return self
 
-# %% ../nbs/00_core.ipynb #368bb0f4
+# %% ../nbs/00_core.ipynb #f9e1227a
 @patch
 def _lock(self: RunFolder) -> None:
     "Hold the folder for this process; the lock ends with it."
@@ -310,7 +322,7 @@ def _clear(self: RunFolder) -> None:
     for path in self.path.iterdir():
         if path.name != ".lock": shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/00_core.ipynb #6f0e0c74
+# %% ../nbs/00_core.ipynb #a1dcc862
 @patch
 def update_manifest(
     self: RunFolder,
@@ -320,7 +332,7 @@ def update_manifest(
     path = self.path/"manifest.json"
     write_json(path, (read_json(path) if path.exists() else {}) | facts)
 
-# %% ../nbs/00_core.ipynb #d1a8c347
+# %% ../nbs/00_core.ipynb #0795d82c
 @patch
 def update_status(
     self: RunFolder,
@@ -330,7 +342,6 @@ def update_status(
     "Write `status.json`, which tells a watcher how far the run has come."
     write_json(self.path/"status.json", {"state": state} | facts)
 
-# %% ../nbs/00_core.ipynb #3339095f
 @patch(as_prop=True)
 def state(
     self: RunFolder,
@@ -339,7 +350,7 @@ def state(
     path = self.path/"status.json"
     return read_json(path)["state"] if path.exists() else "new"
 
-# %% ../nbs/00_core.ipynb #7d45ddbf
+# %% ../nbs/00_core.ipynb #6dec571d
 def seed_everything(
     seed: int, # Any whole number from 0
 ) -> None:
@@ -350,7 +361,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #6e59579e
+# %% ../nbs/00_core.ipynb #5aeda5a6
 def choose_device(
     device: str = "auto", # "auto", "cpu" or "cuda"
 ) -> str: # "cpu" or "cuda"
@@ -360,7 +371,6 @@ def choose_device(
         raise ParameterError("device 'cuda' was asked for and no CUDA device is there: use 'auto' or 'cpu'")
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
-# %% ../nbs/00_core.ipynb #5e0f710f
 def choose_precision(
     precision: str, # "auto", "fp32" or "bf16"
     device: str, # "cpu" or "cuda"
@@ -368,13 +378,13 @@ def choose_precision(
     "The arithmetic of a run: bf16 on CUDA, fp32 on a CPU, unless one is asked for."
     return ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
 
-# %% ../nbs/00_core.ipynb #10aec82e
+# %% ../nbs/00_core.ipynb #7a59c18c
 class Parameters(BaseModel):
     "Base of a run's parameters: typed, closed and unchangeable."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     config: str = Field("", description="YAML file with parameters; what `-p` gives wins over it")
 
-# %% ../nbs/00_core.ipynb #49b0105a
+# %% ../nbs/00_core.ipynb #c2117079
 def parameters_cell(
     model: type[Parameters], # A recipe's parameters
 ) -> str: # Code with one annotated, commented default a line
@@ -391,7 +401,7 @@ def _type_name(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", None)
     return type(choices[0]).__name__ if choices else annotation.__name__
 
-# %% ../nbs/00_core.ipynb #8dbfd3a6
+# %% ../nbs/00_core.ipynb #dd3bbee0
 def parameters_table(
     model: type[Parameters], # A recipe's parameters
 ) -> str: # A Markdown table
@@ -401,39 +411,32 @@ def parameters_table(
     return "\n".join(["| parameter | type | default | meaning |", "|---|---|---|---|", *rows])
 
 def _choices(annotation: Any) -> str:
+    "A type's name, or its choices."
     choices = getattr(annotation, "__args__", None)
     return ", ".join(f"`{choice}`" for choice in choices) if choices else annotation.__name__
 
-# %% ../nbs/00_core.ipynb #5725425c
-def _injected_names(namespace: dict[str, Any]) -> set[str]:
-    "The names that papermill's injected cells assign."
-    cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
-    statements = [node for source in cells for node in ast.parse(source).body if isinstance(node, ast.Assign)]
-    return {target.id for node in statements for target in node.targets if isinstance(target, ast.Name)}
-
-# %% ../nbs/00_core.ipynb #c296c5f4
+# %% ../nbs/00_core.ipynb #a481be7b
 SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|credential|auth|access_?key|(^|_)token$)", re.I)
 SECRET_VALUE = re.compile(r"^(sk-|hf_|AIza|gh[pousr]_|xox[bp]-|AKIA)[\w-]{12,}$")
 
-# %% ../nbs/00_core.ipynb #583480ae
 def _refuse_secrets(values: dict[str, Any], known: Iterable[str]) -> None:
     for name, value in values.items():
         if (name not in known and SECRET_NAME.search(name)) or SECRET_VALUE.match(str(value)):
             raise ParameterError(f"parameter '{name}' looks like a secret: keys come from environment variables only. "
-                                 "If it is a real key, delete the output notebook, which now holds it, and renew the key")
+                                 "If it is a real key, delete the output notebook, which now holds it, "
+                                 "and renew the key")
 
 def _explain(error: dict[str, Any], model: type[Parameters]) -> str:
     "One validation error in our words: the value received, the rule, what to do."
     name, value = ".".join(map(str, error["loc"])), error["input"]
     if error["type"] == "extra_forbidden":
         return f"unknown parameter '{name}'.{nearest(name, model.model_fields)} Known: {', '.join(model.model_fields)}"
-    hint = f"; papermill reads numbers as numbers: pass text with -r {name} VALUE" if error["type"] == "string_type" else ""
+    is_text = error["type"] == "string_type"
+    hint = f"; papermill reads numbers as numbers: pass text with -r {name} VALUE" if is_text else ""
     return f"parameter '{name}' = {value!r}: {error['msg'].lower()}{hint}"
 
-# %% ../nbs/00_core.ipynb #83017578
 ParametersType = TypeVar("ParametersType", bound=Parameters)
 
-# %% ../nbs/00_core.ipynb #faa974b9
 def check_parameters(
     model: type[ParametersType], # A recipe's parameters
     values: dict[str, Any], # What was given: name → value
@@ -444,24 +447,18 @@ def check_parameters(
     except ValidationError as error:
         raise ParameterError("; ".join(_explain(dict(one), model) for one in error.errors())) from None
 
-# %% ../nbs/00_core.ipynb #4d37b448
-def read_yaml(
-    path: str | Path, # YAML file that holds a mapping
-) -> dict[str, Any]: # What it says
-    "Read a YAML mapping safely: data only, no objects."
-    import yaml
-    try: value = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error: raise ConfigError(f"{path} does not exist") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise ConfigError(f"{path} is not YAML: {error}") from error
-    if not isinstance(value, dict): raise ConfigError(f"{path} holds {type(value).__name__}, not names with values")
-    return value
+# %% ../nbs/00_core.ipynb #37e47dfb
+def _injected_names(namespace: dict[str, Any]) -> set[str]:
+    "The names that papermill's injected cells assign."
+    cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
+    statements = [node for source in cells for node in ast.parse(source).body if isinstance(node, ast.Assign)]
+    return {target.id for node in statements for target in node.targets if isinstance(target, ast.Name)}
 
-# %% ../nbs/00_core.ipynb #5e8162ef
 def take_parameters(
     model: type[ParametersType], # A recipe's parameters
     namespace: dict[str, Any], # The notebook's `globals()`
 ) -> ParametersType: # The validated parameters
-    "A run notebook's parameters: defaults, then the YAML of `config`, then what was given with `-p` or edited in the cell."
+    "A run notebook's parameters: defaults, then the YAML of `config`, then what was given or edited in the cell."
     names = set(namespace.get("__annotations__", {})) | _injected_names(namespace)
     asked = {name: namespace[name] for name in sorted(names) if name in namespace}
     checked = check_parameters(model, asked)
@@ -470,7 +467,7 @@ def take_parameters(
     from_yaml = read_yaml(checked.config) if checked.config else {}
     return check_parameters(model, from_yaml | {name: asked[name] for name in given})
 
-# %% ../nbs/00_core.ipynb #a4e53f72
+# %% ../nbs/00_core.ipynb #7b72fa53
 def progress_bar(
     total: int | None, # Steps in all, if known
     description: str, # What is being done

