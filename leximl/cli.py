@@ -5,30 +5,31 @@
 # %% auto #0
 __all__ = ['make_parser', 'usable_articles', 'score_stream', 'main']
 
-# %% ../nbs/20_cli.ipynb #a108f8bb
+# %% ../nbs/20_cli.ipynb #c6ff63e5
 import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any
 
 # %% ../nbs/20_cli.ipynb #45259e5c
 from .core import DataError, LeximlError, Quarantine, parse_lines
 
-# %% ../nbs/20_cli.ipynb #307f3c56
+# %% ../nbs/20_cli.ipynb #3418d027
 def make_parser() -> argparse.ArgumentParser: # Knows every command
     "The command line's commands and options."
     parser = argparse.ArgumentParser(prog="leximl", description="Score articles with a trained filter.")
     commands = parser.add_subparsers(dest="command", required=True)
-    score = commands.add_parser("score", help="JSON Lines in, scores out", description=score_stream.__doc__)
+    score = commands.add_parser("score", help="JSON Lines in, scores out",
+                               description="Read articles as JSON Lines, write their scores in the same order.")
     score.add_argument("folder", help="deployed filter, such as filters/uplifting/v1")
-    score.add_argument("--quarantine", default="quarantine.jsonl", help="file for lines that can't be used (default: %(default)s)")
+    score.add_argument("--quarantine", default="quarantine.jsonl",
+                       help="file for lines that can't be used (default: %(default)s)")
     score.add_argument("--batch-tokens", type=int, default=8192, help="most tokens in a batch (default: %(default)s)")
     score.add_argument("--no-prefilter", action="store_true", help="score also what the filter's prefilter stops")
     return parser
 
-# %% ../nbs/20_cli.ipynb #af30c1bb
+# %% ../nbs/20_cli.ipynb #0ad033e6
 def usable_articles(
     stream: IO[bytes], # JSON Lines
     quarantine: Quarantine, # Takes the bad lines
@@ -39,7 +40,7 @@ def usable_articles(
         try: yield record | check_article(record)
         except DataError as error: quarantine.add("input", line, str(error), record)
 
-# %% ../nbs/20_cli.ipynb #49da544b
+# %% ../nbs/20_cli.ipynb #5dc501b2
 def score_stream(
     folder: str, # Deployed filter
     source: IO[bytes], # JSON Lines of articles
@@ -57,10 +58,11 @@ def score_stream(
         target.flush()
     finally:
         if len(quarantine): quarantine.save(quarantine_file)
-        print(f"{done} scored, {len(quarantine)} set aside" + (f" in {quarantine_file}" if len(quarantine) else ""), file=sys.stderr)
+        place = f" in {quarantine_file}" if len(quarantine) else ""
+        print(f"{done} scored, {len(quarantine)} set aside{place}", file=sys.stderr)
     return 2 if not done else 1 if len(quarantine) else 0
 
-# %% ../nbs/20_cli.ipynb #f255c259
+# %% ../nbs/20_cli.ipynb #d5e86f97
 def main(
     arguments: Sequence[str] | None = None, # The words after `leximl`; by default those of the command line
 ) -> int: # The exit code

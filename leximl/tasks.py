@@ -310,7 +310,7 @@ def _from_source(load: Any, name: str, **options: Any) -> Any:
                             f"not from the hub ({type(error).__name__}). Give a folder, or fetch it once on a machine "
                             "with a network") from error
 
-# %% ../nbs/05_tasks.ipynb #5d860132
+# %% ../nbs/05_tasks.ipynb #5b6e4b56
 def load_tokenizer(
     name: str, # "minilm", a folder, or a hub id
 ) -> PreTrainedTokenizerBase: # With a padding token
@@ -326,7 +326,7 @@ def load_encoder(
 ) -> PreTrainedModel: # The pretrained encoder, without the head it was pretrained with
     "A pretrained encoder or causal model, from safetensors only."
     config = _from_source(AutoConfig.from_pretrained, name)
-    if hasattr(config, "attention_probs_dropout_prob"): config.attention_probs_dropout_prob = 0.0 # lets attention be fused
+    if hasattr(config, "attention_probs_dropout_prob"): config.attention_probs_dropout_prob = 0.0 # lets it be fused
     return _from_source(AutoModel.from_pretrained, name, config=config, use_safetensors=True, dtype=dtype)
 
 # %% ../nbs/05_tasks.ipynb #bba8288d
