@@ -469,12 +469,14 @@ def report_facts(
 ) -> dict[str, Any]: # Name → value, for the report's section on data
     "What the report says of the data and the model."
     manifest = read_json(Path(folder)/"manifest.json")
-    facts = read_json(Path(folder)/"training_metadata.json") | manifest["data"] | {"truncated_share": manifest["truncated"]}
+    facts = read_json(Path(folder)/"training_metadata.json") | manifest["data"]
+    facts |= {"truncated_share": manifest["truncated"]}
     return {name.replace("_", " "): _readable(value) for name, value in facts.items() if name != "strata"}
 
 def _readable(value: Any) -> Any:
     "Counts by name as one line, such as '198 train, 25 val, 25 test'."
-    return ", ".join(f"{count:,} {name}" for name, count in value.items()) or "none" if isinstance(value, dict) else value
+    if not isinstance(value, dict): return value
+    return ", ".join(f"{count:,} {name}" for name, count in value.items()) or "none"
 
 # %% ../nbs/12_distillation.ipynb #a9a44335
 def report(
