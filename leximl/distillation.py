@@ -95,7 +95,6 @@ class Prepared:
     splits: DatasetDict # "train", "val" and "test"
     facts: dict[str, Any] # Counts of rows, tiers and duplicates, and the data's fingerprint
     quarantine: Quarantine # Rows set aside
-    stopped: int # Rows that the prefilter left out
 
 def true_tiers(
     definition: FilterDefinition, # Gives weights, gates and tiers
@@ -116,9 +115,9 @@ def prepare(
     rows = read_scored_articles(files, f"{definition.name}_analysis", list(definition.dimensions), quarantine)
     kept = [row for row in rows if not (parameters.prefilter and filter.prefilter.reason(row))]
     splits, facts = make_splits(kept, true_tiers(definition, [row["labels"] for row in kept]), parameters.seed)
-    stopped = len(rows) - len(kept)
-    facts |= {"rows_read": len(rows) + len(quarantine), "set_aside": quarantine.counts(), "prefiltered": stopped}
-    return Prepared(filter, splits, facts, quarantine, stopped)
+    facts |= {"rows_read": len(rows) + len(quarantine), "set_aside": quarantine.counts(),
+              "prefiltered": len(rows) - len(kept)}
+    return Prepared(filter, splits, facts, quarantine)
 
 # %% ../nbs/12_distillation.ipynb #98af5dc7
 def tokenize(
@@ -264,9 +263,9 @@ def start_head(
     "Train the head on the frozen encoder before the encoder learns too."
     usual = parameters.model_copy(update={"tuning": "head", "tracker": "", "accumulation": 1} | USUAL["head"])
     small = RunFolder(run.path/"head", {"head of": run.identity}).start()
-    make_trainer(usual, student, small).fit()
+    try: make_trainer(usual, student, small).fit()
+    finally: small.close()
     small.update_status("finished", progress=1.0)
-    small.close()
 
 # %% ../nbs/12_distillation.ipynb #a0050bf5
 def fit_share(
@@ -383,7 +382,7 @@ def train(
     except Exception as error:
         run.update_status("failed", last_error=f"{type(error).__name__}: {error}")
         raise
-    run.close()
+    finally: run.close()
     return Trained(parameters, prepared, run, [row for _, row in read_jsonl(run.path/"history.jsonl")])
 
 # %% ../nbs/12_distillation.ipynb #ae2ebdc3
