@@ -383,6 +383,13 @@ class Parameters(BaseModel):
     "Base of a run's parameters: typed, closed and unchangeable."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
     config: str = Field("", description="YAML file with parameters; what `-p` gives wins over it")
+    @classmethod
+    def config_file(
+        cls,
+        config: str, # What `config` was given
+    ) -> Path: # The YAML file to read
+        "The file that `config` means; a recipe that ships configurations knows them by name."
+        return Path(config)
 
 # %% ../nbs/00_core.ipynb #c2117079
 def parameters_cell(
@@ -464,7 +471,7 @@ def take_parameters(
     checked = check_parameters(model, asked)
     injected = _injected_names(namespace)
     given = {name for name in asked if name in injected or getattr(checked, name) != model.model_fields[name].default}
-    from_yaml = read_yaml(checked.config) if checked.config else {}
+    from_yaml = read_yaml(model.config_file(checked.config)) if checked.config else {}
     return check_parameters(model, from_yaml | {name: asked[name] for name in given})
 
 # %% ../nbs/00_core.ipynb #7b72fa53
