@@ -4,12 +4,16 @@
 
 # %% auto #0
 __all__ = ['Interval', 'wilson_interval', 'bootstrap', 'paired_difference', 'unpaired_difference', 'pearson', 'spearman',
-           'dimension_scores', 'score_matrix', 'regression_scores', 'constant_predictor', 'tier_scores', 'Predictions']
+           'dimension_scores', 'score_matrix', 'regression_scores', 'constant_predictor', 'tier_scores', 'label_matrix',
+           'f1_by_label', 'multilabel_scores', 'majority_labels', 'classification_scores', 'majority_predictor',
+           'rouge_scores', 'rouge_like', 'Predictions']
 
-# %% ../nbs/07_metrics.ipynb #19e239ce
-from collections.abc import Callable, Iterable, Sequence
+# %% ../nbs/07_metrics.ipynb #3943aece
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -45,16 +49,18 @@ def wilson_interval(
     half = z / (1 + z**2 / n) * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
     return Interval(share, min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half)), int(n))
 
-# %% ../nbs/07_metrics.ipynb #6a48efec
+# %% ../nbs/07_metrics.ipynb #872fce1b
 _CELLS_AT_ONCE = 2_000_000  # Numbers drawn at a time: 16 MB, whatever the number of rows
 
 def _replicates(values: np.ndarray, statistic: Callable, repeats: int, seed: int) -> np.ndarray:
     "The statistic of `repeats` resamples of axis 0."
-    generator, n = np.random.default_rng(seed), len(values)
-    if statistic is np.mean: values = values.reshape(n, -1).mean(axis=1)
-    chunk = max(1, _CELLS_AT_ONCE // n)
-    return np.concatenate([_resampled(values, statistic, generator.integers(n, size=(min(chunk, repeats - start), n)))
-                           for start in range(0, repeats, chunk)])
+    if statistic is np.mean: values = values.reshape(len(values), -1).mean(axis=1)
+    return np.concatenate([_resampled(values, statistic, draws) for draws in _draws(len(values), repeats, seed)])
+
+def _draws(n: int, repeats: int, seed: int) -> Iterator[np.ndarray]:
+    "The rows of `repeats` resamples of n, some resamples at a time."
+    generator, chunk = np.random.default_rng(seed), max(1, _CELLS_AT_ONCE // n)
+    for start in range(0, repeats, chunk): yield generator.integers(n, size=(min(chunk, repeats - start), n))
 
 def _resampled(values: np.ndarray, statistic: Callable, draws: np.ndarray) -> np.ndarray:
     "The statistic of each row of draws; the mean in one go."
@@ -190,7 +196,7 @@ def constant_predictor(
     if kind not in ("mean", "median"): raise ParameterError(f"kind '{kind}': give 'mean' or 'median'")
     return (np.mean if kind == "mean" else np.median)(_finite("labels", labels), axis=0)
 
-# %% ../nbs/07_metrics.ipynb #4d7ab2ce
+# %% ../nbs/07_metrics.ipynb #629ce65a
 def tier_scores(
     predicted: Sequence[str], # [B] predicted tiers
     reference: Sequence[str], # [B] true tiers
@@ -199,14 +205,19 @@ def tier_scores(
     "How often the tier is right, where it goes wrong, and what the commonest tier alone would reach."
     true, guessed = _tier_numbers(reference, order), _tier_numbers(predicted, order)
     if len(guessed) != len(true): raise DataError(f"{len(guessed)} predicted tiers for {len(true)} true ones: one each")
-    confusion = np.zeros((len(order), len(order)), dtype=int)
-    np.add.at(confusion, (true, guessed), 1)
+    confusion = _confusion(true, guessed, len(order))
     counts, n = confusion.sum(axis=1), len(true)
     tiers = {tier: {"n": int(counts[t]), "predicted": int(confusion[:, t].sum()),
                     "recall": wilson_interval(int(confusion[t, t]), int(counts[t])) if counts[t] else None}
              for t, tier in enumerate(order)}
     return {"n": n, "order": list(order), "accuracy": wilson_interval(int(confusion.trace()), n),
             "majority": wilson_interval(int(counts.max()), n), "confusion": confusion.tolist(), "tiers": tiers}
+
+def _confusion(true: Any, guessed: Any, size: int) -> np.ndarray:
+    "How often each true number [row] was taken for which [column]."
+    confusion = np.zeros((size, size), dtype=int)
+    np.add.at(confusion, (true, guessed), 1)
+    return confusion
 
 def _tier_numbers(tiers: Sequence[str], order: Sequence[str]) -> list[int]:
     "Each tier's place in the order."
@@ -216,7 +227,143 @@ def _tier_numbers(tiers: Sequence[str], order: Sequence[str]) -> list[int]:
             raise DataError(f"tier '{tier}' is none of {', '.join(order)}.{nearest(str(tier), order)}")
     return [list(order).index(tier) for tier in tiers]
 
-# %% ../nbs/07_metrics.ipynb #49f35f5d
+# %% ../nbs/07_metrics.ipynb #0e104638
+def label_matrix(
+    name: str, # What to call the values in an error
+    values: Any, # [B, C] booleans, or zeros and ones
+    names: Sequence[str], # The C labels
+    rows: int | None = None, # How many rows there must be, if that is known
+) -> np.ndarray: # The values as booleans [B, C]
+    "A table of labels, checked: there or not, one column a label, at least one row."
+    array = score_matrix(name, values, names, rows)
+    for place in np.argwhere((array != 0) & (array != 1)):
+        raise DataError(f"{name}{place.tolist()} is {array[tuple(place)]}: a label is there (1) or not (0); "
+                        "turn probabilities into labels first, by a threshold")
+    return array.astype(bool)
+
+# %% ../nbs/07_metrics.ipynb #45c3ef3b
+def f1_by_label(
+    predicted: Any, # [B, C] booleans
+    references: Any, # [B, C] booleans
+) -> np.ndarray: # [C] from 0 to 1
+    "F1 of each label."
+    return _f1(_marks(np.asarray(predicted, dtype=bool), np.asarray(references, dtype=bool)).sum(axis=0))
+
+def _marks(predicted: np.ndarray, references: np.ndarray) -> np.ndarray:
+    "For each row and label, as 0 or 1: right, said, there [B, 3, C]."
+    return np.stack([predicted & references, predicted, references], axis=1).astype(np.float64)
+
+def _f1(counts: np.ndarray) -> np.ndarray:
+    "F1 [..., C] from counts [..., 3, C] of right, said and there."
+    return _share(2 * counts[..., 0, :], counts[..., 1, :] + counts[..., 2, :])
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    "Part / whole; 0 where the whole is 0."
+    return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
+
+# %% ../nbs/07_metrics.ipynb #75366034
+def multilabel_scores(
+    predicted: Any, # [B, C] booleans: what the model says
+    references: Any, # [B, C] booleans: what is there
+    names: Sequence[str], # The C labels
+) -> dict[str, Any]: # n, micro_f1, macro_f1 (Intervals), labels: name → precision, recall, f1, n (rows that have it)
+    "How well labels are found, together and one by one."
+    true = label_matrix("references", references, names)
+    marks = _marks(label_matrix("predicted", predicted, names, rows=len(true)), true)
+    micro, macro = _f1_intervals(marks)
+    return {"n": len(true), "micro_f1": micro, "macro_f1": macro, "labels": _label_rows(marks.sum(axis=0), names)}
+
+def _f1_intervals(marks: np.ndarray, repeats: int = 1000, seed: int = 0) -> list[Interval]:
+    "Micro- and macro-F1 with their bootstrap intervals."
+    spread = np.concatenate([_micro_macro(np.tensordot(_weights(draws), marks, 1))
+                             for draws in _draws(len(marks), repeats, seed)], axis=1)
+    lows, highs = np.percentile(spread, [2.5, 97.5], axis=1).tolist()
+    values = _micro_macro(marks.sum(axis=0)).tolist()
+    return [Interval(value, low, high, len(marks)) for value, low, high in zip(values, lows, highs)]
+
+def _weights(draws: np.ndarray) -> np.ndarray:
+    "How often each row was drawn, for each resample [R, B]."
+    places = draws + draws.shape[1] * np.arange(len(draws))[:, None]
+    return np.bincount(places.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.float64)
+
+def _micro_macro(counts: np.ndarray) -> np.ndarray:
+    "Micro- and macro-F1 [2, ...] from counts [..., 3, C]."
+    return np.stack([_f1(counts.sum(axis=-1, keepdims=True))[..., 0], _f1(counts).mean(axis=-1)])
+
+def _label_rows(counts: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    "Precision, recall, F1 and rows of each label, from counts [3, C]."
+    right, said, there = counts
+    figures = np.stack([_share(right, said), _share(right, there), _f1(counts)]).T.tolist()
+    return {name: {"precision": precision, "recall": recall, "f1": f1, "n": int(there[k])}
+            for k, (name, (precision, recall, f1)) in enumerate(zip(names, figures, strict=True))}
+
+# %% ../nbs/07_metrics.ipynb #5da7544d
+def majority_labels(
+    labels: Any, # [B, C] booleans, of the training rows
+) -> np.ndarray: # [C] booleans: what it always predicts
+    "The label set of a predictor that does not look at the text."
+    shares = label_matrix("labels", labels, [str(k) for k in range(np.shape(labels)[-1])]).mean(axis=0)
+    return shares > 0.5 if (shares > 0.5).any() else np.arange(len(shares)) == shares.argmax()
+
+# %% ../nbs/07_metrics.ipynb #d0bef96c
+def classification_scores(
+    predicted: Any, # [B] class numbers, 0 to C − 1: what the model says
+    references: Any, # [B] class numbers: what is true
+    names: Sequence[str], # The C classes
+) -> dict[str, Any]: # n, accuracy, macro_f1 (Intervals), classes: name → precision, recall, f1, n; confusion [C, C]
+    "How often the class is right, and where it goes wrong: the confusion's rows are the true classes."
+    true, guessed = (_class_numbers(name, values, len(names))
+                     for name, values in (("references", references), ("predicted", predicted)))
+    if len(guessed) != len(true): raise DataError(f"{len(guessed)} predicted classes for {len(true)} true: one each")
+    one_hot = np.eye(len(names), dtype=bool)
+    marks, confusion = _marks(one_hot[guessed], one_hot[true]), _confusion(true, guessed, len(names))
+    return {"n": len(true), "accuracy": wilson_interval(int(confusion.trace()), len(true)),
+            "macro_f1": _f1_intervals(marks)[1], "classes": _label_rows(marks.sum(axis=0), names),
+            "confusion": confusion.tolist()}
+
+def _class_numbers(name: str, values: Any, classes: int | None = None) -> np.ndarray:
+    "Class numbers [B], checked: whole, from 0, below the number of classes where that is known."
+    array = np.asarray(values)
+    if array.ndim != 1 or not len(array) or array.dtype.kind not in "iuf":
+        raise DataError(f"{name} of shape {array.shape} and type {array.dtype}: give one class number a row")
+    wrong = (array < 0) | (array >= (np.inf if classes is None else classes)) | (array % 1 != 0)
+    for row in np.flatnonzero(wrong):
+        above = "" if classes is None else f" to {classes - 1}"
+        raise DataError(f"{name}[{row}] is {array[row]}: class numbers are whole, from 0{above}")
+    return array.astype(int)
+
+# %% ../nbs/07_metrics.ipynb #030887f2
+def majority_predictor(
+    labels: Any, # [B] class numbers of the training rows
+) -> int: # The class it always predicts; of equally frequent ones the first
+    "The class of a predictor that does not look at the text: the most frequent one."
+    return int(np.bincount(_class_numbers("labels", labels)).argmax())
+
+# %% ../nbs/07_metrics.ipynb #8c6d8da0
+def rouge_scores(
+    predictions: Sequence[str], # [B] generated texts; an empty one counts as 0
+    references: Sequence[str], # [B] texts they should be like
+) -> dict[str, Interval]: # "rouge1", "rouge2", "rougeL": mean F-measures, from 0 to 1
+    "How much of the references' wording the generated texts hold."
+    if len(predictions) != len(references):
+        raise DataError(f"{len(predictions)} predictions for {len(references)} references: give one for each")
+    from rouge_score.rouge_scorer import RougeScorer
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
+    return {kind: bootstrap([row[kind].fmeasure for row in rows]) for kind in kinds}
+
+# %% ../nbs/07_metrics.ipynb #fd050f38
+def rouge_like(
+    prediction: str, # A generated text
+    reference: str, # The text it should be like
+) -> float: # From 0 to 1
+    "F1 of the words that both have, lower-cased and counted as often as they occur in both."
+    said, there = (Counter(re.findall(r"\w+", text.lower())) for text in (prediction, reference))
+    words = said.total() + there.total()
+    return 2 * (said & there).total() / words if words else 0.0
+
+# %% ../nbs/07_metrics.ipynb #35c4f7e9
 @dataclass
 class Predictions:
     "What a model and its baselines say about some rows, beside the truth."
@@ -236,7 +383,7 @@ class Predictions:
     def _checked(self, name: str, values: Any) -> np.ndarray:
         return score_matrix(name, values, self.names, rows=len(self.ids))
 
-# %% ../nbs/07_metrics.ipynb #a20a265d
+# %% ../nbs/07_metrics.ipynb #614c889b
 @patch
 def save(
     self: Predictions,
@@ -252,7 +399,7 @@ def _row(self: Predictions, i: int) -> dict[str, Any]:
             "raw": _named(self.raw), "scores": _named(self.scores),
             "baselines": {name: _named(values) for name, values in self.baselines.items()}}
 
-# %% ../nbs/07_metrics.ipynb #3e2bcb64
+# %% ../nbs/07_metrics.ipynb #0142f1a1
 @patch(cls_method=True)
 def load(
     cls: Predictions,
@@ -282,7 +429,7 @@ def _values(row: tuple[int, dict], keys: Iterable[str], names: list[str]) -> lis
         raise DataError(f"line {row[0]}: '{'.'.join(keys)}' must have the dimensions {', '.join(names)}, got {values}")
     return [values[name] for name in names]
 
-# %% ../nbs/07_metrics.ipynb #7ffae001
+# %% ../nbs/07_metrics.ipynb #eb9c8036
 def _error_metric(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     errors = predictions - references
     return {"mae": float(abs(errors).mean()), "rmse": float(np.mean(errors**2) ** 0.5)}
@@ -291,7 +438,7 @@ def _correlation_metric(predictions: np.ndarray, references: np.ndarray) -> dict
     a, b = predictions.ravel(), references.ravel()
     return {"pearson": pearson(a, b), "spearman": spearman(a, b)}
 
-def _with_dimensions(compute: Callable, predictions: Any, references: Any, names: Sequence[str] = ()) -> dict[str, Any]:
+def _with_dimensions(compute: Callable, predictions: Any, references: Any, names: Sequence[str]) -> dict[str, Any]:
     "The metric of all values and, where the dimensions are named, of each: mae, mae_agency, …"
     predicted, true = _finite("predictions", predictions), _finite("references", references)
     scores = compute(predicted, true)
@@ -299,34 +446,68 @@ def _with_dimensions(compute: Callable, predictions: Any, references: Any, names
         scores |= {f"{key}_{name}": value for key, value in compute(predicted[:, k], true[:, k]).items()}
     return scores
 
-# %% ../nbs/07_metrics.ipynb #848552cd
+# %% ../nbs/07_metrics.ipynb #282f6c08
+def _classification_metric(predictions: Any, references: Any, names: Sequence[str]) -> dict[str, float]:
+    occurring, numbers = np.unique([predictions, references], return_inverse=True)
+    if not names: predictions, references = numbers.reshape(2, -1)
+    one_hot = np.eye(len(names) or len(occurring), dtype=bool)
+    said, there = (_class_numbers(name, values, len(one_hot))
+                   for name, values in (("predictions", predictions), ("references", references)))
+    f1 = f1_by_label(one_hot[said], one_hot[there])
+    return {"accuracy": float(np.mean(said == there)), "macro_f1": float(f1.mean())} | _named_f1(f1, names)
+
+def _multilabel_metric(predictions: Any, references: Any, names: Sequence[str]) -> dict[str, float]:
+    known = names or [str(k) for k in range(np.shape(references)[-1])]
+    said, there = (label_matrix(name, values, known)
+                   for name, values in (("predictions", predictions), ("references", references)))
+    counts = _marks(said, there).sum(axis=0)
+    micro, macro = _micro_macro(counts)
+    return {"micro_f1": float(micro), "macro_f1": float(macro)} | _named_f1(_f1(counts), names)
+
+def _named_f1(f1: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    return {f"f1_{name}": float(value) for name, value in zip(names, f1)}
+
+def _rouge_metric(predictions: list[str], references: list[str], names: Sequence[str]) -> dict[str, float]:
+    return {kind: score.value for kind, score in rouge_scores(predictions, references).items()}
+
+# %% ../nbs/07_metrics.ipynb #9be07b63
 @cache
 def _metric_class(name: str) -> type:
     "Build an `evaluate.Metric` class around a NumPy function."
     import datasets
     import evaluate
-    summary, compute = _METRICS[name]
-    number = datasets.Value("float64")
-    shapes = [datasets.Features({"predictions": kind, "references": kind})
-              for kind in (datasets.Sequence(number), number)]
+    summary, kinds, inputs, compute = _METRICS[name]
+    features = [datasets.Sequence(datasets.Value(kind[:-2])) if kind.endswith("[]") else datasets.Value(kind)
+                for kind in kinds]
+    shapes = [datasets.Features({"predictions": feature, "references": feature}) for feature in features]
 
     class Built(evaluate.Metric):
         __doc__ = summary
         def __init__(self, **options: Any) -> None: super().__init__(**{"keep_in_memory": True, **options})
         def _info(self) -> Any:
-            return evaluate.MetricInfo(summary, citation="", features=shapes, inputs_description=_METRIC_INPUTS)
+            return evaluate.MetricInfo(summary, citation="", features=shapes, inputs_description=inputs)
         def _compute(self, predictions: Any, references: Any, names: Sequence[str] = ()) -> dict[str, Any]:
-            return _with_dimensions(compute, predictions, references, names)
+            return compute(predictions, references, names)
 
     Built.__name__ = Built.__qualname__ = name
     return Built
 
-_METRIC_INPUTS = "predictions and references: [B] or [B, K] numbers; names: the K dimensions, for scores of each"
-_METRICS: dict[str, tuple[str, Callable]] = {
-    "RegressionMetric": ("Mean absolute and root mean squared error, over all and per dimension.", _error_metric),
-    "CorrelationMetric": ("Pearson's and Spearman's correlation, over all and per dimension.", _correlation_metric)}
+# %% ../nbs/07_metrics.ipynb #ec23f050
+_NUMBERS = "predictions and references: [B] or [B, K] numbers; names: the K dimensions, for scores of each"
+_METRICS: dict[str, tuple[str, tuple[str, ...], str, Callable]] = {
+    "RegressionMetric": ("Mean absolute and root mean squared error, over all and per dimension.",
+                         ("float64[]", "float64"), _NUMBERS, partial(_with_dimensions, _error_metric)),
+    "CorrelationMetric": ("Pearson's and Spearman's correlation, over all and per dimension.",
+                          ("float64[]", "float64"), _NUMBERS, partial(_with_dimensions, _correlation_metric)),
+    "ClassificationMetric": ("Accuracy and macro-F1 of classes.", ("int64",),
+                             "predictions and references: [B] class numbers; names: the C classes",
+                             _classification_metric),
+    "MultilabelMetric": ("Micro- and macro-F1 of label tables.", ("int64[]",),
+                         "predictions and references: [B, C] zeros and ones; names: the C labels", _multilabel_metric),
+    "RougeMetric": ("ROUGE-1, ROUGE-2 and ROUGE-L of generated texts.", ("string",),
+                    "predictions and references: [B] texts", _rouge_metric)}
 
 def __getattr__(name: str) -> Any:
-    "`RegressionMetric` and `CorrelationMetric`, built when first asked for."
+    "The `evaluate` metrics, built when first asked for."
     if name in _METRICS: return _metric_class(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
