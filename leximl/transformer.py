@@ -32,16 +32,21 @@ from .collators import prepare_decoder_inputs
 from .core import DataError, ParameterError, atomic_path, read_json, write_json
 from .t5_weights import TransformerConfig, checkpoint_folder, load_t5, save_t5
 
-# %% ../nbs/04_transformer.ipynb #2fa0aaea
+# %% ../nbs/04_transformer.ipynb #14bf19d6
 def _onednn_product(x: Tensor, weight: Tensor) -> Tensor:
     "x Wᵀ by oneDNN."
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+_product_operator = torch.library.custom_op("leximl::product", _onednn_product, mutates_args=())
+
+@_product_operator.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor: return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 def _suits_onednn(x: Tensor, weight: Tensor) -> bool:
     plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    return _HAS_ONEDNN and plain and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+    return _HAS_ONEDNN and plain and not torch.is_autocast_enabled("cpu")
 
 class _Product(torch.autograd.Function):
     "x Wᵀ, and x's gradient, by oneDNN."
@@ -49,13 +54,13 @@ class _Product(torch.autograd.Function):
     def forward(context: Any, x: Tensor, weight: Tensor) -> Tensor:
         "The product; both factors are kept."
         context.save_for_backward(x, weight)
-        return _onednn_product(x, weight)
+        return _product_operator(x, weight)
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]: # type: ignore[override]
         "One product for each factor that learns."
         x, weight = context.saved_tensors
         for_x, for_weight = context.needs_input_grad
-        return (_onednn_product(gradient, weight.t()) if for_x else None,
+        return (_product_operator(gradient, weight.t()) if for_x else None,
                 gradient.flatten(0, -2).t() @ x.flatten(0, -2) if for_weight else None)
 
 # %% ../nbs/04_transformer.ipynb #1344a9bd
@@ -78,12 +83,16 @@ def _product(x: Tensor, weight: Tensor) -> Tensor:
     if _suits_onednn(x, weight): return _Product.apply(x, weight) # type: ignore[no-untyped-call]
     return functional.linear(x, weight)
 
-# %% ../nbs/04_transformer.ipynb #15145ce7
+# %% ../nbs/04_transformer.ipynb #8957d353
+@torch.library.custom_op("leximl::kept", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
 def _kept(x: Tensor, share: float) -> Tensor:
     "1 for each number that stays, 0 for one that is dropped, as bytes."
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-2**63, None)
     bits = draws.view(torch.int16)[:x.numel()]
     return (bits >= round(share * 2**16) - 2**15).view(torch.uint8).view(x.shape)
+
+@_kept.register_fake
+def _(x: Tensor, share: float) -> Tensor: return x.new_empty(x.shape, dtype=torch.uint8)
 
 class _Dropout(torch.autograd.Function):
     "Dropout that keeps one byte a number."
@@ -105,7 +114,7 @@ def dropout(
 ) -> Tensor: # The same shape; what stays is scaled by 1 / (1 − share)
     "Drop a share of the numbers (Srivastava et al. 2014)."
     if not training or share == 0: return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling(): return functional.dropout(x, share)
+    if x.device.type != "cpu": return functional.dropout(x, share)
     return _Dropout.apply(x, share) # type: ignore[no-untyped-call]
 
 # %% ../nbs/04_transformer.ipynb #65173e9e
@@ -495,29 +504,46 @@ def cross_keys_values(
     shape = (self.config.decoder_layers, 2, self.config.heads, self.config.d_kv)
     return self.cross_key_value(states).unflatten(-1, shape).permute(2, 3, 0, 4, 1, 5).contiguous()
 
-# %% ../nbs/04_transformer.ipynb #c8dcb075
+# %% ../nbs/04_transformer.ipynb #bea3f356
+@torch.library.custom_op("leximl::head_loss", mutates_args=())
+def _head_loss(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float,
+               learns: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    "Loss, and its gradients with respect to the hidden states and the weight, some places at a time."
+    for_hidden, for_weight = (torch.zeros_like(one) if wanted else one.new_empty(0)
+                              for one, wanted in zip((hidden, weight), learns))
+    count = (labels != -100).sum().clamp(min=1)
+    total, rows = hidden.new_zeros((), dtype=torch.float32), max(1, 2**24 // len(weight))
+    for part in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
+        loss, gradient = _chunk_loss(hidden[part], weight, labels[part], smoothing)
+        total += loss
+        gradient = gradient.div_(count).to(hidden.dtype)
+        if learns[0]: for_hidden[part] = _product(gradient, weight.t())
+        if learns[1]: for_weight.addmm_(gradient.t(), hidden[part])
+    return total / count, for_hidden, for_weight
+
+@_head_loss.register_fake
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float,
+      learns: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    for_hidden, for_weight = (torch.empty_like(one) if wanted else one.new_empty(0)
+                              for one, wanted in zip((hidden, weight), learns))
+    return hidden.new_empty((), dtype=torch.float32), for_hidden, for_weight
+
 class _HeadLoss(torch.autograd.Function):
     "Mean cross-entropy of the labelled places, and its gradients at once."
     @staticmethod
     def forward(context: Any, hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-        "Loss and gradients, some places at a time."
-        for_hidden, for_weight = (torch.zeros_like(one) if wanted else None for one, wanted in
-                                  zip((hidden, weight), context.needs_input_grad))
-        count = (labels != -100).sum().clamp(min=1)
-        total, rows = hidden.new_zeros((), dtype=torch.float32), max(1, 2**24 // len(weight))
-        for part in (slice(start, start + rows) for start in range(0, len(hidden), rows)):
-            loss, gradient = _chunk_loss(hidden[part], weight, labels[part], smoothing)
-            total += loss
-            gradient = gradient.div_(count).to(hidden.dtype)
-            if for_hidden is not None: for_hidden[part] = _product(gradient, weight.t())
-            if for_weight is not None: for_weight.addmm_(gradient.t(), hidden[part])
+        "Both at once."
+        context.learns = list(context.needs_input_grad[:2])
+        loss, for_hidden, for_weight = _head_loss(hidden, weight, labels, smoothing, context.learns)
         context.save_for_backward(for_hidden, for_weight)
-        return total / count
+        return loss
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, ...]: # type: ignore[override]
         "They are known already."
-        return *(one if one is None else one * gradient.to(one.dtype) for one in context.saved_tensors), None, None
+        pairs = zip(context.saved_tensors, context.learns)
+        return *(one * gradient.to(one.dtype) if wanted else None for one, wanted in pairs), None, None
 
+# %% ../nbs/04_transformer.ipynb #5c36447c
 def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     "Sum of the losses of some places, and its gradient with respect to their logits."
     logits = _product(hidden, weight).float()
@@ -530,7 +556,6 @@ def _chunk_loss(hidden: Tensor, weight: Tensor, labels: Tensor, smoothing: float
     gradient.scatter_add_(-1, wanted, gradient.new_full(wanted.shape, smoothing - 1))
     return (losses * counts).sum(), gradient.mul_(counts)
 
-# %% ../nbs/04_transformer.ipynb #06b4cfc3
 @patch(as_prop=True)
 def head_weight(self: Decoder) -> Tensor: # [V, D]
     "The output layer: the embedding where they are tied."
@@ -547,9 +572,6 @@ def loss(
     hidden, weight, labels = hidden.flatten(0, 1), self.head_weight, labels.flatten()
     dtype = _score_type(hidden)
     hidden, weight = hidden.to(dtype), weight.to(dtype)
-    if torch.compiler.is_compiling():
-        logits = functional.linear(hidden, weight).float()
-        return functional.cross_entropy(logits, labels, label_smoothing=smoothing)
     return _HeadLoss.apply(hidden, weight, labels, smoothing) # type: ignore[no-untyped-call]
 
 # %% ../nbs/04_transformer.ipynb #9864b62c
