@@ -250,13 +250,13 @@ def make_model(
     if decoder: _copy_words(model)
     return model, tokenizer
 
-# %% ../nbs/13_multitask.ipynb #e14de762
+# %% ../nbs/13_multitask.ipynb #5b78a6a2
 def _shape(parameters: MultitaskParameters, tokenizer: PreTrainedTokenizerBase, width: int) -> TransformerConfig:
     "A small shape whose output layer is its embedding."
     pad, end, heads = tokenizer.pad_token_id, end_token(tokenizer), max(1, width // 64)
     assert end is not None
     return TransformerConfig(len(tokenizer), width, 64, 4 * width, heads, parameters.layers, parameters.layers,
-                             tied=True, scale_logits=True, pad_id=pad, start_id=pad, end_id=end)
+                             tied=True, pad_id=pad, start_id=pad, end_id=end)
 
 def _start(parameters: MultitaskParameters, tokenizer: PreTrainedTokenizerBase, writes: bool) -> tuple[Any, Any]:
     "What training begins with, and the shape of a decoder where that has none."
