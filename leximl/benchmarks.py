@@ -43,16 +43,17 @@ from .t5_weights import TransformerConfig
 from .tasks import Task, build_model, load_tokenizer, save_model
 from .transformer import Linear, Transformer, kept_megabytes
 
-# %% ../nbs/21_benchmarks.ipynb #f60e13a8
+# %% ../nbs/21_benchmarks.ipynb #aa62e05a
 class BenchmarkParameters(Parameters):
     "Parameters of `benchmark.ipynb`: on which filter, articles and models to measure, and how often."
     folder: str = Field("", description="Deployed filter; empty takes filters/uplifting/v1, trained if need be")
     data: str = Field("", description="Articles to score, JSON Lines; empty takes the samples that ship")
     articles: int = Field(64, ge=8, description="Articles to score in each round")
-    rounds: int = Field(3, ge=1, description="Rounds, in which both ways take turns")
-    stream: int = Field(10_000, ge=2000, description="Articles to stream while memory is watched")
+    rounds: int = Field(2, ge=1, description="Rounds, in which both ways take turns")
+    stream: int = Field(4000, ge=2000, description="Articles to stream while memory is watched")
     transformer_rounds: int = Field(1, ge=1, description="Rounds of each comparison with transformers' T5")
-    compiled: bool = Field(False, description="Compare compiled training steps too; compiling takes minutes")
+    training: bool = Field(False, description="Compare training steps and an epoch of articles too; takes minutes")
+    compiled: bool = Field(False, description="Compare compiled training steps too; takes minutes")
     epoch_articles: int = Field(24, ge=8, description="Articles in the epoch of training")
     writer: str = Field("", description="Artifacts of a run that learnt summaries; empty skips the cost of int8")
     writer_data: str = Field("", description="JSON Lines of source and summary; empty takes the samples that ship")
