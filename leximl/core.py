@@ -8,10 +8,12 @@ __all__ = ['LONGEST_LINE', 'SECRET_NAME', 'SECRET_VALUE', 'ParametersType', 'Lex
            'atomic_path', 'write_text', 'write_json', 'read_json', 'write_jsonl', 'read_yaml', 'Quarantine',
            'parse_lines', 'read_jsonl', 'fingerprint', 'file_sha256', 'project_folder', 'environment_facts',
            'RunFolder', 'seed_everything', 'choose_device', 'choose_precision', 'Parameters', 'parameters_cell',
-           'parameters_table', 'check_parameters', 'take_parameters', 'progress_bar']
+           'parameters_table', 'check_parameters', 'take_parameters', 'StopRequest', 'stop_signals', 'end_as_asked',
+           'progress_bar']
 
-# %% ../nbs/00_core.ipynb #ba65db40
+# %% ../nbs/00_core.ipynb #4623f5e4
 import ast
+import ctypes
 import difflib
 import hashlib
 import json
@@ -19,10 +21,13 @@ import os
 import platform
 import random
 import re
+import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -189,7 +194,7 @@ def save(
     "Write the rows set aside as JSON Lines."
     write_jsonl(path, self.rows)
 
-# %% ../nbs/00_core.ipynb #d9bec350
+# %% ../nbs/00_core.ipynb #6a9e0fa5
 LONGEST_LINE = 2_000_000 # Bytes; an article longer than this is a mistake in the export, not an article
 
 def _refuse_constant(name: str) -> None: raise ValueError(f"{name} is not a JSON number")
@@ -217,7 +222,7 @@ def parse_lines(
             if quarantine is None: raise DataError(f"{name}, line {line}: {error}") from error
             quarantine.add(name, line, str(error), raw[:600].decode("utf-8", "replace"))
 
-# %% ../nbs/00_core.ipynb #666c139d
+# %% ../nbs/00_core.ipynb #c5039a90
 def read_jsonl(
     path: str | Path, # File to read
     quarantine: Quarantine | None = None, # Takes the bad rows; without one the first bad row is an error
@@ -228,7 +233,7 @@ def read_jsonl(
     if not path.stat().st_size: raise DataError(f"{path} is empty: give a file with one JSON object a line")
     with open(path, "rb") as file: yield from parse_lines(file, path.name, quarantine)
 
-# %% ../nbs/00_core.ipynb #2b1c39f2
+# %% ../nbs/00_core.ipynb #779241a3
 def fingerprint(
     value: Any, # Anything JSON can hold
 ) -> str: # 32 hexadecimal digits
@@ -242,13 +247,13 @@ def file_sha256(
     "The SHA-256 of a file, read in pieces."
     with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
 
-# %% ../nbs/00_core.ipynb #0fffa256
+# %% ../nbs/00_core.ipynb #81fc862e
 def project_folder() -> Path: # The folder that holds `filters/`, `reports/` and `runs/`
     "The project the user stands in: the current folder, or its parent when that is a project's `nbs/`."
     here = Path.cwd()
     return here.parent if here.name == "nbs" else here
 
-# %% ../nbs/00_core.ipynb #e8ff2211
+# %% ../nbs/00_core.ipynb #4d3f82f2
 def environment_facts() -> dict[str, Any]: # Python, platform, processors and package versions
     "What a run ran on, for its manifest: no host name, no path, no user."
     packages = ("leximl", "torch", "transformers", "accelerate", "datasets", "numpy", "scikit-learn", "safetensors")
@@ -260,7 +265,7 @@ def _version(package: str) -> str:
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return ""
 
-# %% ../nbs/00_core.ipynb #3d56e88c
+# %% ../nbs/00_core.ipynb #22178046
 class RunFolder:
     "A run's folder: `manifest.json`, `status.json`, and whatever the recipe leaves there."
     def __init__(
@@ -270,7 +275,7 @@ class RunFolder:
     ) -> None:
         self.path, self.identity = Path(path), json.loads(json.dumps(identity, default=str))
 
-# %% ../nbs/00_core.ipynb #8f4c091c
+# %% ../nbs/00_core.ipynb #22b6c4cb
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
     "Where two identities differ, as readable lines."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -297,7 +302,7 @@ def start(
     if not manifest.exists(): self.update_manifest(identity=self.identity, environment=environment_facts())
     return self
 
-# %% ../nbs/00_core.ipynb #f9e1227a
+# %% ../nbs/00_core.ipynb #0f5d4848
 @patch
 def _lock(self: RunFolder) -> None:
     "Hold the folder for this process; the lock ends with it."
@@ -322,7 +327,7 @@ def _clear(self: RunFolder) -> None:
     for path in self.path.iterdir():
         if path.name != ".lock": shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-# %% ../nbs/00_core.ipynb #a1dcc862
+# %% ../nbs/00_core.ipynb #b1458d60
 @patch
 def update_manifest(
     self: RunFolder,
@@ -332,7 +337,7 @@ def update_manifest(
     path = self.path/"manifest.json"
     write_json(path, (read_json(path) if path.exists() else {}) | facts)
 
-# %% ../nbs/00_core.ipynb #0795d82c
+# %% ../nbs/00_core.ipynb #ff7ac672
 @patch
 def update_status(
     self: RunFolder,
@@ -350,7 +355,7 @@ def state(
     path = self.path/"status.json"
     return read_json(path)["state"] if path.exists() else "new"
 
-# %% ../nbs/00_core.ipynb #6dec571d
+# %% ../nbs/00_core.ipynb #080870bb
 def seed_everything(
     seed: int, # Any whole number from 0
 ) -> None:
@@ -361,7 +366,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #5aeda5a6
+# %% ../nbs/00_core.ipynb #4e76e14f
 def choose_device(
     device: str = "auto", # "auto", "cpu" or "cuda"
 ) -> str: # "cpu" or "cuda"
@@ -378,7 +383,7 @@ def choose_precision(
     "The arithmetic of a run: bf16 on CUDA, fp32 on a CPU, unless one is asked for."
     return ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
 
-# %% ../nbs/00_core.ipynb #7a59c18c
+# %% ../nbs/00_core.ipynb #f87b15c8
 class Parameters(BaseModel):
     "Base of a run's parameters: typed, closed and unchangeable."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -391,7 +396,7 @@ class Parameters(BaseModel):
         "The file that `config` means; a recipe that ships configurations knows them by name."
         return Path(config)
 
-# %% ../nbs/00_core.ipynb #c2117079
+# %% ../nbs/00_core.ipynb #50af2e3a
 def parameters_cell(
     model: type[Parameters], # A recipe's parameters
 ) -> str: # Code with one annotated, commented default a line
@@ -408,7 +413,7 @@ def _type_name(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", None)
     return type(choices[0]).__name__ if choices else annotation.__name__
 
-# %% ../nbs/00_core.ipynb #dd3bbee0
+# %% ../nbs/00_core.ipynb #1e070653
 def parameters_table(
     model: type[Parameters], # A recipe's parameters
 ) -> str: # A Markdown table
@@ -422,7 +427,7 @@ def _choices(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", None)
     return ", ".join(f"`{choice}`" for choice in choices) if choices else annotation.__name__
 
-# %% ../nbs/00_core.ipynb #a481be7b
+# %% ../nbs/00_core.ipynb #0f8ef8c2
 SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|credential|auth|access_?key|(^|_)token$)", re.I)
 SECRET_VALUE = re.compile(r"^(sk-|hf_|AIza|gh[pousr]_|xox[bp]-|AKIA)[\w-]{12,}$")
 
@@ -454,7 +459,7 @@ def check_parameters(
     except ValidationError as error:
         raise ParameterError("; ".join(_explain(dict(one), model) for one in error.errors())) from None
 
-# %% ../nbs/00_core.ipynb #37e47dfb
+# %% ../nbs/00_core.ipynb #844f921d
 def _injected_names(namespace: dict[str, Any]) -> set[str]:
     "The names that papermill's injected cells assign."
     cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
@@ -474,7 +479,41 @@ def take_parameters(
     from_yaml = read_yaml(model.config_file(checked.config)) if checked.config else {}
     return check_parameters(model, from_yaml | {name: asked[name] for name in given})
 
-# %% ../nbs/00_core.ipynb #7b72fa53
+# %% ../nbs/00_core.ipynb #4e129569
+@dataclass
+class StopRequest:
+    "A signal that asks to stop."
+    number: int = 0 # Of the signal; 0: none came
+    interrupts: int = 0 # How often it was SIGINT
+
+_PARENT_DEATH = 1 # PR_SET_PDEATHSIG of prctl(2): the signal to get when the parent process ends
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]: # Filled when a signal comes
+    "Take note of SIGTERM and SIGINT instead of dying from them."
+    stop = StopRequest()
+    if "ipykernel" in sys.modules and sys.platform == "linux": ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGTERM)
+    pollers: Any = [one for one in threading.enumerate() if type(one).__name__ == "ParentPollerUnix"]
+    parents = [one.parent_pid for one in pollers]
+    def _note(number: int, frame: Any) -> None:
+        stop.number, stop.interrupts = number, stop.interrupts + (number == signal.SIGINT)
+        for one in pollers: one.parent_pid = os.getppid()
+    try: old = {one: signal.signal(one, _note) for one in (signal.SIGTERM, signal.SIGINT)}
+    except ValueError: old = {} # not in the main thread: the caller keeps its own handlers
+    try: yield stop
+    finally:
+        for one, handler in old.items(): signal.signal(one, handler)
+        for one, parent in zip(pollers, parents): one.parent_pid = parent
+
+# %% ../nbs/00_core.ipynb #9ab98a59
+def end_as_asked(
+    stop: StopRequest, # Noted by `stop_signals`
+) -> None:
+    "End as a signal asks: KeyboardInterrupt for SIGINT, exit code 143 for SIGTERM; without one go on."
+    if stop.number == signal.SIGINT: raise KeyboardInterrupt
+    if stop.number: raise SystemExit(128 + stop.number)
+
+# %% ../nbs/00_core.ipynb #ef973a33
 def progress_bar(
     total: int | None, # Steps in all, if known
     description: str, # What is being done

@@ -6,8 +6,7 @@
 __all__ = ['LAST', 'learning_rate_share', 'TrainerConfig', 'mixture', 'Trainer', 'replace_folder', 'checkpoint_is_whole',
            'launch', 'run_share']
 
-# %% ../nbs/06_trainer.ipynb #f1d1f8c6
-import ctypes
+# %% ../nbs/06_trainer.ipynb #df8160d8
 import importlib
 import math
 import os
@@ -18,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -33,10 +32,11 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# %% ../nbs/06_trainer.ipynb #552c23a1
+# %% ../nbs/06_trainer.ipynb #6ec39b2f
 from .collators import BatchPlan, SummarizationCollator, oversample
-from .core import (ConfigError, DataError, RunError, RunFolder, choose_device, choose_precision, file_sha256,
-                         flush_to_disk, nearest, progress_bar, read_json, write_json, write_jsonl)
+from .core import (ConfigError, DataError, RunError, RunFolder, choose_device, choose_precision, end_as_asked,
+                         file_sha256, flush_to_disk, nearest, progress_bar, read_json, stop_signals, write_json,
+                         write_jsonl)
 from .tasks import TextModel
 
 # %% ../nbs/06_trainer.ipynb #e33d15ef
@@ -97,7 +97,7 @@ def mixture(
     for name in sorted(ideal, key=lambda one: drawn[one] - ideal[one])[:total - sum(drawn.values())]: drawn[name] += 1
     return drawn
 
-# %% ../nbs/06_trainer.ipynb #fa89967a
+# %% ../nbs/06_trainer.ipynb #95fdb995
 class Trainer:
     "Trains one model on its task or tasks; `fit` begins a run or goes on with it."
     def __init__(
@@ -332,7 +332,7 @@ def checkpoint_is_whole(
     sums = read_json(folder/"manifest.json")
     return all((folder/name).exists() and file_sha256(folder/name) == wanted for name, wanted in sums.items())
 
-# %% ../nbs/06_trainer.ipynb #f4145cd4
+# %% ../nbs/06_trainer.ipynb #56670993
 @patch
 def _learning(self: Trainer) -> dict[str, torch.nn.Parameter]:
     return {name: one for name, one in self.raw_model.named_parameters() if one.requires_grad}
@@ -359,7 +359,7 @@ def _save(self: Trainer, name: str, moments: bool = True) -> None:
     write_json(folder/"state.json", {"state": self.state, "history": self.history})
     _seal(folder, folder.with_name(name))
 
-# %% ../nbs/06_trainer.ipynb #9788706f
+# %% ../nbs/06_trainer.ipynb #6fbc60f1
 LAST = ("last-0", "last-1") # Checkpoints to go on from
 
 @patch
@@ -374,7 +374,7 @@ def _newest(self: Trainer) -> Path | None:
     whole = [folder for folder in (self.run.path/"checkpoints"/name for name in LAST) if checkpoint_is_whole(folder)]
     return max(whole, key=lambda folder: read_json(folder/"state.json")["state"]["saves"], default=None)
 
-# %% ../nbs/06_trainer.ipynb #b62e98e5
+# %% ../nbs/06_trainer.ipynb #df0a7230
 @patch
 def _load_weights(self: Trainer, folder: Path) -> None:
     weights, saved = self._learning(), load_file(folder/"model.safetensors")
@@ -391,7 +391,7 @@ def load_best(
     "Put the best epoch's weights into the model."
     self._load_weights(self.run.path/"checkpoints"/"best")
 
-# %% ../nbs/06_trainer.ipynb #55c6858b
+# %% ../nbs/06_trainer.ipynb #aad23e3d
 @patch
 def _resume(self: Trainer) -> bool:
     "Go on from the newest whole checkpoint, if there is one."
@@ -406,23 +406,7 @@ def _resume(self: Trainer) -> bool:
     self.state, self.history = saved["state"], saved["history"]
     return True
 
-# %% ../nbs/06_trainer.ipynb #f226b78c
-_PARENT_DEATH = 1 # PR_SET_PDEATHSIG of prctl(2): the signal to get when the parent process ends
-
-@patch
-@contextmanager
-def _signals(self: Trainer) -> Iterator[None]:
-    "Take note of SIGTERM and SIGINT instead of dying from them."
-    self.stop_signal = 0
-    if "ipykernel" in sys.modules and sys.platform == "linux": ctypes.CDLL(None).prctl(_PARENT_DEATH, signal.SIGTERM)
-    def _note(number: int, frame: Any) -> None: self.stop_signal = number
-    try: old = {one: signal.signal(one, _note) for one in (signal.SIGTERM, signal.SIGINT)}
-    except ValueError: old = {} # not in the main thread: the caller keeps its own handlers
-    try: yield
-    finally:
-        for one, handler in old.items(): signal.signal(one, handler)
-
-# %% ../nbs/06_trainer.ipynb #de00f831
+# %% ../nbs/06_trainer.ipynb #e0ae9888
 @patch
 def _tell(self: Trainer, state: str, **facts: Any) -> None:
     "Write `status.json` with progress and the seconds that are left."
@@ -440,13 +424,12 @@ def _seconds(self: Trainer) -> float: return self.state["seconds"] + time.monoto
 def _stop(self: Trainer) -> None:
     "Save, say so, and end as the signal asks."
     self._save_last()
-    name, step = signal.Signals(self.stop_signal).name, self.state["step"]
+    name, step = signal.Signals(self.stop.number).name, self.state["step"]
     self._tell("stopped", last_error=name)
     print(f"stopped by {name} at step {step}: the same command goes on from here", flush=True)
-    if self.stop_signal == signal.SIGINT: raise KeyboardInterrupt
-    raise SystemExit(128 + self.stop_signal)
+    end_as_asked(self.stop)
 
-# %% ../nbs/06_trainer.ipynb #12e6ae11
+# %% ../nbs/06_trainer.ipynb #a9a74165
 def _add(sums: dict[str, list[float]], name: str, loss: float, rows: float) -> None:
     "Add to a task's sum of losses and its number of rows."
     before = sums.get(name, [0.0, 0])
@@ -474,7 +457,7 @@ def _update(self: Trainer) -> None:
     self.optimizer.step()
     self.optimizer.zero_grad()
 
-# %% ../nbs/06_trainer.ipynb #11f75fdf
+# %% ../nbs/06_trainer.ipynb #eedb9f19
 @patch
 def _batches(self: Trainer, epoch: int) -> list[list[int]]:
     "The batches of an epoch, their number a multiple of the processes."
@@ -501,7 +484,7 @@ def _steps(self: Trainer, epoch: int) -> list[list[list[int]]]:
     size = self.config.accumulation
     return [mine[start:start + size] for start in range(0, len(mine), size)]
 
-# %% ../nbs/06_trainer.ipynb #07cea4cd
+# %% ../nbs/06_trainer.ipynb #2211e19f
 @patch
 def _epoch(self: Trainer, bar: Any) -> None:
     "Train the rest of the epoch in hand."
@@ -519,14 +502,14 @@ def _between_steps(self: Trainer, epoch_ends: bool) -> None:
     "Answer a signal, save now and then, tell the status."
     now = time.monotonic()
     due = now - self.saved_at >= self.config.checkpoint_seconds and not epoch_ends
-    if due or self.stop_signal:
+    if due or self.stop.number:
         self.state |= {"saves": self.state.get("saves", 0) + 1, "seconds": self._seconds()}
         self.began = now
-    if self.stop_signal: self._stop()
+    if self.stop.number: self._stop()
     if due: self._save_last()
     if due or now - self.told_at >= 5: self._tell("running")
 
-# %% ../nbs/06_trainer.ipynb #5c194a08
+# %% ../nbs/06_trainer.ipynb #6f88e0ac
 @patch
 def _losses(self: Trainer) -> dict[str, float]:
     "The epoch's mean loss as it was minimised, and that of each task where there are several."
@@ -548,7 +531,7 @@ def _error(self: Trainer, validation: dict[str, float]) -> float:
         errors[name] = self.weights[name] * validation[key]
     return sum(errors.values()) / sum(self.weights.values())
 
-# %% ../nbs/06_trainer.ipynb #76049ad0
+# %% ../nbs/06_trainer.ipynb #50789e8a
 @patch
 def _record(self: Trainer) -> bool:
     "Measure the epoch, write the history, and say whether it is the best so far."
@@ -565,7 +548,7 @@ def _record(self: Trainer) -> bool:
     if self.accelerator.is_main_process: self._announce(row, mix)
     return best
 
-# %% ../nbs/06_trainer.ipynb #704d9cc9
+# %% ../nbs/06_trainer.ipynb #7ca4dc59
 @patch
 def _announce(self: Trainer, row: dict[str, Any], mix: dict[str, dict[str, int]]) -> None:
     "Write an epoch's figures, print them, and hand them to the tracker."
@@ -588,14 +571,14 @@ def _lines(self: Trainer, row: dict[str, Any], mix: dict[str, dict[str, int]]) -
         error = f"val {head.monitor.replace('_', ' ')} {row[f'val_{name}_{head.monitor}']:.4f}"
         yield f"  {name}: {rows:,} rows ({rows / total:.0%}), {batches:,} batches, {tokens:,} tokens; {error}"
 
-# %% ../nbs/06_trainer.ipynb #5baef2b7
+# %% ../nbs/06_trainer.ipynb #d1933118
 @patch
 def fit(self: Trainer) -> list[dict[str, Any]]: # The history, one row an epoch
     "Train, or go on where the run was stopped; the best epoch's weights stay in the model."
     self._begin()
     main = self.accelerator.is_main_process
     bar = progress_bar(self.total_steps, "training", initial=self.state["step"], disable=not main)
-    with self._signals(), bar:
+    with stop_signals() as self.stop, bar:
         while not self._is_over(): self._full_epoch(bar)
     self.load_best()
     self.accelerator.end_training()
@@ -621,7 +604,7 @@ def _is_over(self: Trainer) -> bool:
     stale = len(self.history) - max(self.state["best_epoch"], self.staged)
     return self.state["epoch"] > self.config.epochs or stale >= self.config.patience
 
-# %% ../nbs/06_trainer.ipynb #b9fa5da0
+# %% ../nbs/06_trainer.ipynb #25c5e70d
 @patch
 def _full_epoch(self: Trainer, bar: Any) -> None:
     "Train an epoch, measure it, save it."
@@ -635,7 +618,7 @@ def _full_epoch(self: Trainer, bar: Any) -> None:
     self._tell("running")
     self.accelerator.wait_for_everyone()
 
-# %% ../nbs/06_trainer.ipynb #fd2976f0
+# %% ../nbs/06_trainer.ipynb #c9573fa4
 @patch
 def gradient_conflict(
     self: Trainer,
@@ -668,7 +651,7 @@ def _cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         sums += [float(first @ second), float(first @ first), float(second @ second)]
     return float(sums[0] / np.sqrt(sums[1] * sums[2])) if sums[1] * sums[2] else 0.0
 
-# %% ../nbs/06_trainer.ipynb #0593025f
+# %% ../nbs/06_trainer.ipynb #bec0b949
 def launch(
     function: str, # What each process runs: "module:function"
     argument: str, # The one text it gets
@@ -686,7 +669,7 @@ def launch(
         for line in running.stdout or (): print(line, end="", flush=True)
     if running.returncode: raise RunError(f"{processes} processes ended with code {running.returncode}: see above")
 
-# %% ../nbs/06_trainer.ipynb #77b47b24
+# %% ../nbs/06_trainer.ipynb #0c7b8766
 def run_share(
     function: str, # "module:function"
     argument: str, # The one text it gets
