@@ -17,10 +17,10 @@ import numpy as np
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-# %% ../nbs/08_calibration.ipynb #86e20209
+# %% ../nbs/08_calibration.ipynb #730b6557
 from .core import DataError, ParameterError
 from .metrics import (Interval, bootstrap, f1_by_label, label_matrix, paired_difference, pearson, score_matrix,
-                            spearman, wilson_interval)
+                            spearman, weighted_kappa, wilson_interval)
 
 # %% ../nbs/08_calibration.ipynb #50183b7f
 class _Stored(BaseModel):
@@ -276,10 +276,10 @@ def apply(
     "The labels whose probability lies above their threshold."
     return _probabilities(probabilities, self.names) > [self.values[name] for name in self.names]
 
-# %% ../nbs/08_calibration.ipynb #300a00db
+# %% ../nbs/08_calibration.ipynb #f3d0fecb
 def labeller_agreement(
     rows: Iterable[Mapping[str, Any]], # Labels: id, oracle, dimensions {name: score}
-) -> dict[str, Any]: # articles, n (pairs), mae, dimensions: name → mae, pearson, spearman, n; pairs: oracles → n, mae
+) -> dict[str, Any]: # articles, n (pairs), mae, dimensions: name → mae, pearson, spearman, kappa, n; pairs: n, mae
     "How far labels of the same article lie apart, overall, per dimension and per pair of oracles."
     labels = _labels_by_article(rows)
     names = list(next(iter(labels.values()))[0][1]) if labels else []
@@ -305,7 +305,7 @@ def _labels_by_article(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tupl
         labels.setdefault(str(row["id"]), []).append((str(row["oracle"]), _label(number, row["dimensions"], names)))
     return {article: sorted(given, key=lambda label: label[0]) for article, given in labels.items()}
 
-# %% ../nbs/08_calibration.ipynb #880a73d7
+# %% ../nbs/08_calibration.ipynb #0c7b56f0
 def _label(number: int, dimensions: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     "One label's scores in the order of the names."
     if set(dimensions) != set(names):
@@ -321,7 +321,7 @@ def _article_mean(errors: np.ndarray, articles: np.ndarray) -> Interval:
 
 def _agreement(first: np.ndarray, second: np.ndarray, articles: np.ndarray) -> dict[str, Any]:
     return {"mae": _article_mean(abs(first - second), articles), "pearson": pearson(first, second),
-            "spearman": spearman(first, second), "n": len(first)}
+            "spearman": spearman(first, second), "kappa": weighted_kappa(first, second), "n": len(first)}
 
 def _pair_agreement(errors: np.ndarray, articles: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
     return {"n": int(chosen.sum()), "mae": _article_mean(errors[chosen], articles[chosen])}
