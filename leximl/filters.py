@@ -6,9 +6,10 @@
 __all__ = ['Dimension', 'Gatekeeper', 'Condition', 'ContentCap', 'FilterDefinition', 'parse_definition', 'Assessment',
            'ExcludedPattern', 'Prefilter', 'packaged_filters', 'list_filters', 'find_filter', 'Filter', 'read_filter']
 
-# %% ../nbs/10_filters.ipynb #b4e594b2
+# %% ../nbs/10_filters.ipynb #3f2134b8
 import json
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import resources
@@ -271,7 +272,7 @@ def _parse_prefilter(config: dict[str, Any]) -> Prefilter:
     try: return Prefilter(**config)
     except ValidationError as error: raise ConfigError(f"prefilter.yaml: {_explain_config(error)}") from None
 
-# %% ../nbs/10_filters.ipynb #e4750c9b
+# %% ../nbs/10_filters.ipynb #228afedb
 @patch
 def render_prompt(
     self: Filter,
@@ -279,10 +280,17 @@ def render_prompt(
     content: str, # Its text
 ) -> str: # What the oracle reads
     "The oracle's prompt for one article."
-    article = re.sub(r"<(/?)\s*article\s*>", r"[\1article]", f"{title}\n\n{content}", flags=re.I)
-    parts = {"{dimensions}": _dimension_texts(self.definition), "{article}": article,
+    parts = {"{dimensions}": _dimension_texts(self.definition), "{article}": _fenced(f"{title}\n\n{content}"),
              "{answer_format}": _answer_format(self.definition)}
     return re.sub(r"\{(dimensions|answer_format|article)\}", lambda found: parts[found[0]], self.prompt)
+
+_FENCE_TAG = re.compile("(?:[<\u2039\u27e8\u2329\u3008\uff1c\ufe64]|&(?:lt|#0*60|#x0*3c);)\\s*(/?)\\s*article\\b", re.I)
+_BRACKETS = str.maketrans("<>\uff1c\uff1e\ufe64\ufe65", "\u2039\u203a" * 3)
+
+def _fenced(text: str) -> str:
+    "A text that can stand in the fence: no angle brackets, no invisible characters."
+    unseen = {ord(one): None for one in set(text) if unicodedata.category(one) in ("Cf", "Cs")}
+    return _FENCE_TAG.sub(r"[\1article", text.translate(unseen)).translate(_BRACKETS)
 
 def _dimension_texts(definition: FilterDefinition) -> str:
     return "\n\n".join("\n".join([f"### {name}", dimension.description, "Low (at most 2) when:",
@@ -291,6 +299,7 @@ def _dimension_texts(definition: FilterDefinition) -> str:
                        for name, dimension in definition.dimensions.items())
 
 def _answer_format(definition: FilterDefinition) -> str:
-    scores = dict.fromkeys(definition.dimensions, 0)
-    answer = {"dimensions": scores, "content_type": "…", "reasoning": "one or two sentences"}
+    scores, kinds = dict.fromkeys(definition.dimensions, 0), [cap.content_type for cap in definition.content_caps]
+    kind = ", ".join([*kinds, "or another kind of text"]) if kinds else "kind of text"
+    answer = {"dimensions": scores, "content_type": f"{kind}, in a word or two", "reasoning": "one or two sentences"}
     return json.dumps(answer, ensure_ascii=False)
