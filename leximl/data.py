@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['SIMILAR', 'SPLITS', 'SMALLEST_SPLIT', 'SPLIT_FILES', 'clean_text', 'TextPreprocessor', 'check_article',
            'check_scores', 'check_labelled_text', 'check_summary', 'Labels', 'fit_labels', 'data_files',
-           'read_scored_articles', 'read_texts', 'article_text', 'sample_file', 'duplicate_families', 'split_families',
-           'leakage', 'data_fingerprint', 'make_splits', 'read_splits', 'save_splits', 'dataset_config', 'download',
-           'download_books']
+           'check_scored_article', 'read_scored_articles', 'read_texts', 'article_text', 'sample_file',
+           'duplicate_families', 'split_families', 'leakage', 'data_fingerprint', 'make_splits', 'own_split',
+           'read_splits', 'save_splits', 'dataset_config', 'download', 'download_books']
 
-# %% ../nbs/01_data.ipynb #0f0dffb5
+# %% ../nbs/01_data.ipynb #e153f901
 import html
 import os
 import random
@@ -17,7 +17,7 @@ import re
 import time
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from email.utils import mktime_tz, parsedate_tz
 from importlib import resources
@@ -32,9 +32,9 @@ from datasets import Dataset, DatasetDict
 from datasketch import MinHash, MinHashLSH
 from fastcore.basics import patch
 
-# %% ../nbs/01_data.ipynb #32f62f62
-from .core import (ConfigError, DataError, Quarantine, file_sha256, fingerprint, flush_to_disk, nearest,
-                         progress_bar, read_jsonl, read_yaml, write_jsonl)
+# %% ../nbs/01_data.ipynb #fd723227
+from .core import (ConfigError, DataError, ParameterError, Quarantine, file_sha256, fingerprint, flush_to_disk,
+                         nearest, progress_bar, read_jsonl, read_yaml, write_jsonl)
 
 # %% ../nbs/01_data.ipynb #ccf89377
 _DROPPED = [(re.compile(rf"<{name}\b", re.I), re.compile(rf"</{name}\s*>", re.I)) for name in ("script", "style")]
@@ -263,7 +263,24 @@ def data_files(
     if not files: raise DataError(f"{path} holds no .jsonl file: give a JSON Lines file, or a folder with some")
     return files
 
-# %% ../nbs/01_data.ipynb #9d572ebe
+# %% ../nbs/01_data.ipynb #446cd17d
+def check_scored_article(
+    record: dict[str, Any], # A record as read: with an analysis, or as `save_splits` wrote it
+    analysis: str, # The key of the labels, such as "uplifting_analysis"
+    names: Sequence[str], # The filter's dimensions, in order [K]
+) -> dict[str, Any]: # `id`, `title`, `content`, `labels` [K], `dimension_names`
+    "The row of a scored article, or a `DataError` with the reason."
+    article, found = check_article(record), record.get(analysis, _saved_labels(record))
+    if not isinstance(found, dict): raise DataError(f"missing field '{analysis}'")
+    return article | {"labels": check_scores(found.get("dimensions"), names), "dimension_names": list(names)}
+
+def _saved_labels(record: dict[str, Any]) -> dict[str, Any] | None:
+    "The scores of a row that `save_splits` wrote, in the form of an analysis."
+    names, labels = record.get("dimension_names"), record.get("labels")
+    if not isinstance(names, list) or not isinstance(labels, list) or len(names) != len(labels): return None
+    return {"dimensions": dict(zip(map(str, names), labels))}
+
+# %% ../nbs/01_data.ipynb #5b463212
 def read_scored_articles(
     files: Iterable[Path], # JSON Lines files
     analysis: str, # The key of the labels, such as "uplifting_analysis"
@@ -275,23 +292,18 @@ def read_scored_articles(
     for path in files:
         for line, record in read_jsonl(path, quarantine):
             try:
-                row = _check_row(record, analysis, names)
+                row = check_scored_article(record, analysis, names)
                 _check_repetition(rows.get(row["id"]), row)
                 rows[row["id"]] = row
             except DataError as error: quarantine.add(path, line, str(error), record)
     return list(rows.values())
-
-def _check_row(record: dict[str, Any], analysis: str, names: Sequence[str]) -> dict[str, Any]:
-    article, found = check_article(record), record.get(analysis)
-    if not isinstance(found, dict): raise DataError(f"missing field '{analysis}'")
-    return article | {"labels": check_scores(found.get("dimensions"), names), "dimension_names": list(names)}
 
 def _check_repetition(earlier: dict[str, Any] | None, row: dict[str, Any]) -> None:
     if earlier is None: return
     same = all(earlier[field] == row[field] for field in ("title", "content"))
     raise DataError("repeated row" if same else f"duplicate id with other text: '{row['id']}'")
 
-# %% ../nbs/01_data.ipynb #ee5d17f9
+# %% ../nbs/01_data.ipynb #0c943e36
 def read_texts(
     files: Iterable[Path], # JSON Lines files
     check: Callable[[dict[str, Any]], dict[str, Any]], # Record to row, such as `check_summary`
@@ -313,26 +325,26 @@ def read_texts(
             except DataError as error: quarantine.add(path, line, str(error), record)
     return list(rows.values())
 
-# %% ../nbs/01_data.ipynb #a2762940
+# %% ../nbs/01_data.ipynb #32346048
 def article_text(
     article: dict[str, Any], # With `title` and `content`
 ) -> str: # Title, empty line, content
     "The text a model reads."
     return f"{article['title']}\n\n{article['content']}" if article.get("title") else article["content"]
 
-# %% ../nbs/01_data.ipynb #0a9987c4
+# %% ../nbs/01_data.ipynb #026f9196
 def sample_file(
-    name: str, # A filter with samples, or "summaries", "emotions", "topics"
+    name: str, # A filter with samples, or "summaries", "emotions", "topics", "canaries"
 ) -> Path: # A JSON Lines file
     "The labelled samples that ship with the package."
     path = Path(str(resources.files("leximl")))/"assets"/"samples"/f"{name}.jsonl"
     if not path.is_file():
         known = sorted(file.stem for file in path.parent.glob("*.jsonl"))
         raise DataError(f"no samples ship for '{name}': give `data`, a JSON Lines file. "
-                        f"Samples ship for {', '.join(known)}")
+                        f"Samples that ship: {', '.join(known)}")
     return path
 
-# %% ../nbs/01_data.ipynb #8b0dcd9b
+# %% ../nbs/01_data.ipynb #f92fc327
 SIMILAR = 0.7 # Jaccard similarity of five-word sequences from which two texts count as near-duplicates
 
 def _shingles(text: str) -> set[bytes]:
@@ -353,7 +365,7 @@ def _similar_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
             if _jaccard(shingles, sets[other]) >= SIMILAR: yield other, number
         index.insert(number, signature)
 
-# %% ../nbs/01_data.ipynb #c4b77896
+# %% ../nbs/01_data.ipynb #78e8197e
 def duplicate_families(
     texts: Sequence[str], # Texts [B]
 ) -> list[int]: # For each text the number of the first member of its family [B]
@@ -368,13 +380,14 @@ def duplicate_families(
         family[second] = first
     return [root(number) for number in range(len(texts))]
 
-# %% ../nbs/01_data.ipynb #0903bc9c
+# %% ../nbs/01_data.ipynb #8e93135c
 SPLITS = {"train": 0.8, "val": 0.1, "test": 0.1} # Share of each split
 
 def split_families(
     families: Sequence[int], # Family of each row [B]
     strata: Sequence[str], # Stratum of each row [B], such as its tier
     seed: int, # Order within a stratum
+    shares: Mapping[str, float] = SPLITS, # Split → its share
 ) -> list[str]: # "train", "val" or "test" for each row [B]
     "Deal whole families to the splits so that each stratum keeps the shares."
     members: dict[int, list[int]] = defaultdict(list)
@@ -384,19 +397,19 @@ def split_families(
         commonest = Counter(strata[row] for row in rows).most_common(1)[0][0]
         by_stratum[commonest].append(rows)
     chosen = [""] * len(families)
-    for stratum in sorted(by_stratum): _deal(by_stratum[stratum], chosen, random.Random(f"{seed} {stratum}"))
+    for stratum in sorted(by_stratum): _deal(by_stratum[stratum], chosen, random.Random(f"{seed} {stratum}"), shares)
     return chosen
 
-def _deal(groups: list[list[int]], chosen: list[str], order: random.Random) -> None:
+def _deal(groups: list[list[int]], chosen: list[str], order: random.Random, shares: Mapping[str, float]) -> None:
     "Deal one stratum's families, each to the split that lacks most of its share."
     order.shuffle(groups)
     total, dealt = sum(map(len, groups)), Counter[str]()
     for rows in groups:
-        split = max(SPLITS, key=lambda name: SPLITS[name] * total - dealt[name])
+        split = max(shares, key=lambda name: shares[name] * total - dealt[name])
         dealt[split] += len(rows)
         for row in rows: chosen[row] = split
 
-# %% ../nbs/01_data.ipynb #379d0cd6
+# %% ../nbs/01_data.ipynb #45ade527
 def leakage(
     splits: DatasetDict, # Datasets "train", "val" and "test"
 ) -> dict[str, int]: # `near_duplicates` in all, and `near_duplicates_across_splits`: 0 after `make_splits`
@@ -411,7 +424,7 @@ def leakage(
     return {"near_duplicates": len(texts) - len(families),
             "near_duplicates_across_splits": sum(len(names) - 1 for names in families.values())}
 
-# %% ../nbs/01_data.ipynb #d9d2aa7b
+# %% ../nbs/01_data.ipynb #b1e11b27
 def data_fingerprint(
     splits: DatasetDict, # Datasets of labelled rows
 ) -> str: # 32 hexadecimal digits
@@ -419,7 +432,7 @@ def data_fingerprint(
     return fingerprint([[name, row["id"], article_text(row), row["labels"]]
                         for name, part in splits.items() for row in part])
 
-# %% ../nbs/01_data.ipynb #b1668c16
+# %% ../nbs/01_data.ipynb #1435f6fd
 SMALLEST_SPLIT = 8 # Rows that each split must have at least
 
 def _check_sizes(parts: dict[str, list[Any]]) -> None:
@@ -443,18 +456,23 @@ def make_splits(
     rows: Sequence[dict[str, Any]], # Usable rows, as `read_scored_articles` or `read_texts` gives them
     strata: Sequence[str], # Stratum of each row
     seed: int = 0, # Order within a stratum
+    shares: Mapping[str, float] = SPLITS, # "train", "val" and "test" → share, 1 in all
 ) -> tuple[DatasetDict, dict[str, Any]]: # Datasets "train", "val", "test", and the facts of the split
     "Split labelled rows without leakage."
+    if set(shares) != set(SPLITS) or min(shares.values()) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
+        raise ParameterError(f"shares {dict(shares)}: train, val and test must each be above 0 and sum to 1")
     families = duplicate_families([article_text(row) for row in rows])
-    chosen = split_families(families, strata, seed)
+    chosen = split_families(families, strata, seed, shares)
     return _with_facts({split: [row for row, name in zip(rows, chosen) if name == split] for split in SPLITS},
                        {split: [one for one, name in zip(strata, chosen) if name == split] for split in SPLITS})
 
-# %% ../nbs/01_data.ipynb #f911ccd7
+# %% ../nbs/01_data.ipynb #3ca01095
 SPLIT_FILES = {"train": ("train",), "val": ("val", "valid", "validation", "dev"), "test": ("test",)} # Names of files
 
-def _own_split(folder: Path) -> dict[str, Path]:
-    "The files of a folder that brings its own split; nothing where none of them is there."
+def own_split(
+    folder: Path, # A folder, or a file, which is none
+) -> dict[str, Path]: # "train", "val" and "test" → file; empty where none of them is there
+    "The files of a folder that brings its own split."
     found = {split: [path for name in names if (path := folder/f"{name}.jsonl").is_file()]
              for split, names in SPLIT_FILES.items()}
     if any(found.values()) and not all(len(paths) == 1 for paths in found.values()):
@@ -465,7 +483,7 @@ def _own_split(folder: Path) -> dict[str, Path]:
 
 def _same_text(text: str) -> str: return " ".join(text.casefold().split())
 
-# %% ../nbs/01_data.ipynb #aac85673
+# %% ../nbs/01_data.ipynb #b1173281
 def read_splits(
     path: str | Path, # A file or a folder to deal, or a folder with train, val and test
     check: Callable[[dict[str, Any]], dict[str, Any]], # Record to row, such as `check_summary`
@@ -474,7 +492,7 @@ def read_splits(
     seed: int = 0, # Order of the dealing; a split that was brought has none
 ) -> tuple[DatasetDict, dict[str, Any]]: # Datasets "train", "val", "test", and the facts of the split
     "Read labelled texts and split them, or keep the split they bring, without leakage."
-    files, homes = _own_split(Path(path)), dict[str, str]()
+    files, homes = own_split(Path(path)), dict[str, str]()
     if not files:
         rows = read_texts(data_files(path), check, quarantine)
         return make_splits(rows, [strata(row) for row in rows], seed)
@@ -490,7 +508,7 @@ def read_splits(
         homes |= {_same_text(row["content"]): split for row in parts[split]}
     return _with_facts(parts, {split: [strata(row) for row in part] for split, part in parts.items()})
 
-# %% ../nbs/01_data.ipynb #14afd443
+# %% ../nbs/01_data.ipynb #0370f9bd
 def save_splits(
     splits: DatasetDict, # Datasets "train", "val" and "test"
     folder: str | Path, # Gets `train.jsonl`, `val.jsonl` and `test.jsonl`
@@ -498,7 +516,7 @@ def save_splits(
     "Write the splits as JSON Lines."
     for name, part in splits.items(): write_jsonl(Path(folder)/f"{name}.jsonl", part)
 
-# %% ../nbs/01_data.ipynb #1e5f06aa
+# %% ../nbs/01_data.ipynb #2065cc58
 def dataset_config(
     path: str = "", # A YAML file of one's own; "" = what ships
 ) -> dict[str, Any]: # `tokenizer`, `max_length`, `summaries`, `emotions`, `topics`, `downloads`
@@ -517,7 +535,7 @@ def _overlaid(base: dict[str, Any], given: dict[str, Any], place: str = "") -> d
     return base | {key: _overlaid(base[key], value, f"{place}{key}.") if isinstance(value, dict) else value
                    for key, value in given.items()}
 
-# %% ../nbs/01_data.ipynb #ce3a1e40
+# %% ../nbs/01_data.ipynb #1952aa42
 class _Passing(Exception):
     "A failure that may pass, so that another attempt is worth its while."
 
@@ -540,7 +558,7 @@ def _goes_on(said: httpx.Headers, part: Path, have: int) -> bool:
     older = have > 0 and changed is not None and mktime_tz(changed) > part.stat().st_mtime
     return said.get("content-range", f"bytes {have}-").startswith(f"bytes {have}-") and not older
 
-# %% ../nbs/01_data.ipynb #fd56cd94
+# %% ../nbs/01_data.ipynb #9b46a005
 def _write_part(response: httpx.Response, part: Path, have: int) -> None:
     length = int(response.headers.get("content-length", 0))
     options = {"initial": have, "unit": "B", "unit_scale": True, "delay": 2}
@@ -564,7 +582,7 @@ def _check_address(url: str, sha256: str) -> None:
     if sha256 and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
         raise DataError(f"sha256 {sha256!r} is not 64 hexadecimal digits")
 
-# %% ../nbs/01_data.ipynb #b91757c6
+# %% ../nbs/01_data.ipynb #b502f3e4
 def download(
     url: str, # An http or https address
     output: str | Path, # The file to write
@@ -594,7 +612,7 @@ def download(
     os.replace(part, output)
     return output
 
-# %% ../nbs/01_data.ipynb #4da1c5e9
+# %% ../nbs/01_data.ipynb #197206f6
 def download_books(
     config: dict[str, Any], # With `downloads.books`: each `name`, `url`, `output`, and `sha256` if known
     folder: str | Path, # Gets the files

@@ -7,14 +7,16 @@ __all__ = ['USUAL', 'REPORT_ONLY', 'HEAD_DROPOUT', 'GENERATED', 'NOT_SCORED', 'T
            'prepare', 'tokenize', 'embed', 'embed_once', 'open_run', 'Student', 'make_student', 'make_trainer',
            'start_head', 'fit_share', 'constant_baselines', 'untrained_baseline', 'ridge_baseline', 'predictions',
            'Trained', 'train', 'judge', 'fit_both', 'deploy', 'training_metadata', 'report_facts', 'report',
-           'EvaluationParameters', 'evaluate', 'deployed_or_default', 'fail_if', 'LoadedFilter', 'load_filter']
+           'EvaluationParameters', 'evaluate', 'deployed_or_default', 'fail_if', 'prepare_training_data', 'out_of_fold',
+           'outlier_labels', 'conflicting_labels', 'flat_dimensions', 'same_dimensions', 'LabelQuality',
+           'label_quality', 'check_labels', 'LoadedFilter', 'load_filter']
 
-# %% ../nbs/12_distillation.ipynb #f783af83
+# %% ../nbs/12_distillation.ipynb #c2ef6f4f
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,17 +30,17 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/12_distillation.ipynb #a95e8bbd
+# %% ../nbs/12_distillation.ipynb #b93e1b45
 from .calibration import Calibration, ConformalIntervals, fit_calibration, fit_intervals, labeller_agreement
 from .collators import BatchPlan, RegressionCollator
 from .core import (DataError, ParameterError, Parameters, Quarantine, RunError, RunFolder, atomic_path,
                          choose_device, choose_precision, file_sha256, fingerprint, progress_bar, project_folder,
                          read_json, read_jsonl, seed_everything, write_json, write_text)
-from .data import (article_text, check_article, data_files, make_splits, read_scored_articles, sample_file,
-                         save_splits)
+from .data import (SPLITS, article_text, check_article, check_scored_article, data_files, duplicate_families,
+                         make_splits, own_split, read_scored_articles, read_splits, sample_file, save_splits)
 from .filters import Filter, FilterDefinition, read_filter
-from .metrics import Predictions, constant_predictor, tier_scores
-from .reports import (Evaluation, VerdictRules, evaluate_run, evaluation_markdown, save_plots,
+from .metrics import Predictions, constant_predictor, pearson, spearman, tier_scores
+from .reports import (Evaluation, Table, VerdictRules, evaluate_run, evaluation_markdown, save_plots,
                             write_training_report)
 from .tasks import (Task, TextModel, apply_tuning, build_model, check_tuning, load_encoder, load_model,
                           load_tokenizer, save_model)
@@ -87,7 +89,7 @@ def settled(
                              "more processes serve lora and full")
     return self.model_copy(update={name: getattr(self, name) or value for name, value in USUAL[self.tuning].items()})
 
-# %% ../nbs/12_distillation.ipynb #7dad90d8
+# %% ../nbs/12_distillation.ipynb #1256e430
 @dataclass
 class Prepared:
     "A filter, its split data, and the facts of how they came to be."
@@ -103,20 +105,36 @@ def true_tiers(
     "Tiers from scores alone; content caps, which need the text, are left out."
     return [definition.assess(dict(zip(definition.dimensions, map(float, row), strict=True))).tier for row in scores]
 
-# %% ../nbs/12_distillation.ipynb #ae38d277
+# %% ../nbs/12_distillation.ipynb #d25810dd
 def prepare(
     parameters: TrainingParameters, # `filter`, `data`, `prefilter`, `seed` are read
+    shares: Mapping[str, float] = SPLITS, # Split → its share, where the data brings no split of its own
 ) -> Prepared: # Filter, splits and facts
     "Read a filter and its labelled articles, and split them."
     filter = read_filter(parameters.filter)
     VerdictRules(**filter.definition.verdict) # an unknown threshold stops here, not after the training
     definition, quarantine = filter.definition, Quarantine()
+    if parameters.data and own_split(Path(parameters.data)): return _prepare_own(parameters, filter, quarantine)
     files = data_files(parameters.data) if parameters.data else [sample_file(definition.name)]
     rows = read_scored_articles(files, f"{definition.name}_analysis", list(definition.dimensions), quarantine)
     kept = [row for row in rows if not (parameters.prefilter and filter.prefilter.reason(row))]
-    splits, facts = make_splits(kept, true_tiers(definition, [row["labels"] for row in kept]), parameters.seed)
+    splits, facts = make_splits(kept, true_tiers(definition, [row["labels"] for row in kept]), parameters.seed, shares)
     facts |= {"rows_read": len(rows) + len(quarantine), "set_aside": quarantine.counts(),
               "prefiltered": len(rows) - len(kept)}
+    return Prepared(filter, splits, facts, quarantine)
+
+def _prepare_own(parameters: TrainingParameters, filter: Filter, quarantine: Quarantine) -> Prepared:
+    "The split that a folder brings; what the prefilter stops is set aside."
+    definition = filter.definition
+    def check(record: dict[str, Any]) -> dict[str, Any]:
+        row = check_scored_article(record, f"{definition.name}_analysis", list(definition.dimensions))
+        if parameters.prefilter and (reason := filter.prefilter.reason(row)): raise DataError(f"prefilter: {reason}")
+        return row
+    def tier(row: dict[str, Any]) -> str: return true_tiers(definition, [row["labels"]])[0]
+    splits, facts = read_splits(parameters.data, check, quarantine, tier)
+    stopped = sum(row["reason"].startswith("prefilter:") for row in quarantine.rows)
+    facts |= {"rows_read": sum(facts["rows"].values()) + len(quarantine), "set_aside": quarantine.counts(),
+              "prefiltered": stopped}
     return Prepared(filter, splits, facts, quarantine)
 
 # %% ../nbs/12_distillation.ipynb #98af5dc7
@@ -206,7 +224,7 @@ def frozen(
     return {split: [{"embedding": vector} | {key: value for key, value in one.items() if key != "input_ids"}
                     for one, vector in zip(part, self.embeddings[split])] for split, part in self.examples.items()}
 
-# %% ../nbs/12_distillation.ipynb #1265fb5d
+# %% ../nbs/12_distillation.ipynb #8ea64277
 def make_student(
     parameters: TrainingParameters, # Settled
     prepared: Prepared, # The data
@@ -239,7 +257,7 @@ def _embeddings(
     return {name: embed_once(parameters.model, model, part, pad_id, device, precision)
             for name, part in examples.items()}
 
-# %% ../nbs/12_distillation.ipynb #7ce6ecec
+# %% ../nbs/12_distillation.ipynb #8b305f3a
 def make_trainer(
     parameters: TrainingParameters, # Settled
     student: Student, # Model and examples
@@ -254,7 +272,7 @@ def make_trainer(
     print(f"{counts['trainable']:,} of {counts['total']:,} parameters learn (tuning {parameters.tuning})", flush=True)
     return Trainer(student.model, examples["train"], examples["val"], config, run, student.tokenizer.pad_token_id)
 
-# %% ../nbs/12_distillation.ipynb #98dd12d5
+# %% ../nbs/12_distillation.ipynb #335dc315
 def start_head(
     parameters: TrainingParameters, # Settled
     student: Student, # With embeddings
@@ -267,7 +285,7 @@ def start_head(
     finally: small.close()
     small.update_status("finished", progress=1.0)
 
-# %% ../nbs/12_distillation.ipynb #a0050bf5
+# %% ../nbs/12_distillation.ipynb #1fc6b89c
 def fit_share(
     path: str, # The run's `share.json`
 ) -> None:
@@ -290,7 +308,7 @@ def _fit(parameters: TrainingParameters, student: Student, run: RunFolder) -> Tr
     check_tuning(student.model, parameters.tuning)
     return trainer
 
-# %% ../nbs/12_distillation.ipynb #619753b8
+# %% ../nbs/12_distillation.ipynb #a46f8d33
 def constant_baselines(
     labels: np.ndarray, # Training labels [N, K]
     rows: int, # Rows to predict
@@ -306,7 +324,7 @@ def untrained_baseline(
     head: Any = next(iter(student.model.heads.values()))
     return {"untrained": head.eval().predict(head(torch.from_numpy(student.embeddings["test"]))).numpy()}
 
-# %% ../nbs/12_distillation.ipynb #1a0ebe98
+# %% ../nbs/12_distillation.ipynb #5719545e
 def ridge_baseline(
     student: Student, # With embeddings
     labels: np.ndarray, # Training labels [N, K]
@@ -316,7 +334,7 @@ def ridge_baseline(
     ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(student.embeddings["train"], labels)
     return {"ridge": ridge.predict(student.embeddings["test"]).clip(0, 10)}
 
-# %% ../nbs/12_distillation.ipynb #89e9c5e0
+# %% ../nbs/12_distillation.ipynb #ebdee3d9
 def predictions(
     prepared: Prepared, # Gives ids and labels
     split: str, # "val" or "test"
@@ -330,7 +348,7 @@ def predictions(
     labels = np.array(part["labels"], dtype=float)
     return Predictions(list(part["id"]), names, labels, raw.astype(float), scores.astype(float), beside or {})
 
-# %% ../nbs/12_distillation.ipynb #4f62974a
+# %% ../nbs/12_distillation.ipynb #6b317345
 def _finish(
     parameters: TrainingParameters, prepared: Prepared, run: RunFolder, student: Student, trainer: Trainer,
     untrained: dict[str, np.ndarray],
@@ -347,7 +365,7 @@ def _finish(
     save_model(student.model, student.tokenizer, run.path/"model", max_length=parameters.max_length)
     run.update_status("finished", progress=1.0)
 
-# %% ../nbs/12_distillation.ipynb #d12283b1
+# %% ../nbs/12_distillation.ipynb #f7fc1592
 def _train(parameters: TrainingParameters, prepared: Prepared, run: RunFolder) -> None:
     "Prepare the student, train it, and finish the run."
     prepared.quarantine.save(run.path/"quarantine.jsonl")
@@ -359,7 +377,7 @@ def _train(parameters: TrainingParameters, prepared: Prepared, run: RunFolder) -
     trainer = _fit(parameters, student, run)
     _finish(parameters, prepared, run, student, trainer, untrained)
 
-# %% ../nbs/12_distillation.ipynb #88f77a66
+# %% ../nbs/12_distillation.ipynb #cc0eef31
 @dataclass
 class Trained:
     "A finished run: its folder, its data, and what it leaves."
@@ -368,7 +386,7 @@ class Trained:
     run: RunFolder # Predictions, model, manifest and history
     history: list[dict[str, Any]] # One row an epoch
 
-# %% ../nbs/12_distillation.ipynb #65f5df74
+# %% ../nbs/12_distillation.ipynb #8cd63374
 def train(
     parameters: TrainingParameters, # What was asked for
     prepared: Prepared, # From `prepare`
@@ -385,7 +403,7 @@ def train(
     finally: run.close()
     return Trained(parameters, prepared, run, [row for _, row in read_jsonl(run.path/"history.jsonl")])
 
-# %% ../nbs/12_distillation.ipynb #ae2ebdc3
+# %% ../nbs/12_distillation.ipynb #46186593
 def judge(
     folder: str | Path, # A run's folder or a deployed filter's: predictions and history are read
     definition: FilterDefinition, # Gives tiers and changed thresholds
@@ -402,7 +420,7 @@ def judge(
     return evaluate_run(definition.name, definition.version, validation, test, history,
                         VerdictRules(**definition.verdict), _floor(agreement), calibration, intervals, tiers)
 
-# %% ../nbs/12_distillation.ipynb #536813a2
+# %% ../nbs/12_distillation.ipynb #f09d97e4
 def fit_both(
     validation: Predictions, # The validation split's
 ) -> tuple[Calibration, ConformalIntervals]: # Curves, and the widths around calibrated scores
@@ -415,7 +433,7 @@ def _floor(agreement: str) -> dict[str, Any] | None:
     "How far labellers agree, where repeated labels were given."
     return labeller_agreement(row for _, row in read_jsonl(agreement)) if agreement else None
 
-# %% ../nbs/12_distillation.ipynb #d8f8a000
+# %% ../nbs/12_distillation.ipynb #3185d4e0
 def deploy(
     trained: Trained, # A finished run
     evaluation: Evaluation, # Its judgement
@@ -432,7 +450,7 @@ def deploy(
     replace_folder(building, final)
     return final
 
-# %% ../nbs/12_distillation.ipynb #69513f83
+# %% ../nbs/12_distillation.ipynb #cc3fa60f
 def training_metadata(
     trained: Trained, # A finished run
 ) -> dict[str, Any]: # Plain values
@@ -445,7 +463,7 @@ def training_metadata(
             "parameters": read_json(trained.run.path/"manifest.json")["parameters_learning"],
             "max_length": asked.max_length, "rows": trained.prepared.facts["rows"], "threads": torch.get_num_threads()}
 
-# %% ../nbs/12_distillation.ipynb #d64e75c7
+# %% ../nbs/12_distillation.ipynb #da213f88
 GENERATED = ("model", "training_history.json", "training_metadata.json", "manifest.json", "predictions_val.jsonl",
              "predictions_test.jsonl", "model_evaluation.md", "evaluation.json", "calibration.json") # From a run
 
@@ -462,7 +480,7 @@ def _fill(folder: Path, trained: Trained, evaluation: Evaluation) -> None:
     evaluation.save(folder/"evaluation.json")
     write_text(folder/"model_evaluation.md", evaluation_markdown(evaluation, report_facts(folder)))
 
-# %% ../nbs/12_distillation.ipynb #c44ce9f4
+# %% ../nbs/12_distillation.ipynb #9bfe71b4
 def report_facts(
     folder: str | Path, # A deployed filter's folder
 ) -> dict[str, Any]: # Name → value, for the report's section on data
@@ -477,7 +495,7 @@ def _readable(value: Any) -> Any:
     if not isinstance(value, dict): return value
     return ", ".join(f"{count:,} {name}" for name, count in value.items()) or "none"
 
-# %% ../nbs/12_distillation.ipynb #a9a44335
+# %% ../nbs/12_distillation.ipynb #7210169a
 def report(
     folder: str | Path, # A deployed filter's folder
     evaluation: Evaluation, # Its judgement
@@ -490,7 +508,7 @@ def report(
     write_training_report(evaluation, plots, document, report_facts(folder))
     return [*plots, document]
 
-# %% ../nbs/12_distillation.ipynb #9df57dcf
+# %% ../nbs/12_distillation.ipynb #d3622cb6
 class EvaluationParameters(Parameters):
     "Parameters of `evaluate.ipynb`: which deployed filter, beside which labels, and when to fail."
     folder: str = Field("", description="Deployed filter; empty takes filters/uplifting/v1, trained if need be")
@@ -508,7 +526,7 @@ def evaluate(
     write_text(folder/"model_evaluation.md", evaluation_markdown(evaluation, report_facts(folder)))
     return folder, evaluation
 
-# %% ../nbs/12_distillation.ipynb #4395bcb3
+# %% ../nbs/12_distillation.ipynb #173301cb
 def deployed_or_default(
     folder: str, # A deployed filter's folder, or "" for filters/uplifting/v1
 ) -> Path: # The folder, in which a trained filter is
@@ -521,7 +539,7 @@ def deployed_or_default(
     trained = train(parameters, prepare(parameters))
     return deploy(trained, judge(trained.run.path, trained.prepared.filter.definition, trained.history))
 
-# %% ../nbs/12_distillation.ipynb #b79b36bf
+# %% ../nbs/12_distillation.ipynb #64fc6552
 def fail_if(
     evaluation: Evaluation, # The judgement
     fail_on: str, # "", "REVIEW" or "FAIL"
@@ -534,7 +552,169 @@ def fail_if(
         raise RunError(f"the verdict on {evaluation.name} {evaluation.version} is {decision} and fail_on is {fail_on}; "
                        f"rules not held: {', '.join(broken)}")
 
-# %% ../nbs/12_distillation.ipynb #476f501f
+# %% ../nbs/12_distillation.ipynb #a45b0451
+def prepare_training_data(
+    data: str | Path, # Labelled articles: a JSON Lines file, or a folder of them
+    filter: str, # A filter, as `read_filter` takes it
+    out: str | Path, # Gets `train.jsonl`, `val.jsonl`, `test.jsonl`, and `facts.json` beside them
+    train_ratio: float = 0.8, # Share of the training split
+    val_ratio: float = 0.1, # Share of the validation split
+    test_ratio: float = 0.1, # Share of the test split; the three sum to 1
+    seed: int = 0, # Order within a tier
+) -> dict[str, Any]: # Counts of rows, tiers, duplicates and what was set aside
+    "Split labelled articles by tier, without leakage, and write the splits."
+    shares = {"train": train_ratio, "val": val_ratio, "test": test_ratio}
+    prepared = prepare(TrainingParameters(filter=filter, data=str(data), seed=seed), shares)
+    save_splits(prepared.splits, out)
+    write_json(Path(out)/"facts.json", prepared.facts | {"quarantine": prepared.quarantine.rows})
+    return prepared.facts
+
+# %% ../nbs/12_distillation.ipynb #737e10cd
+def out_of_fold(
+    embeddings: np.ndarray, # [N, D] of a frozen encoder
+    labels: np.ndarray, # [N, K] scores
+    families: Sequence[int], # Family of near-duplicates of each row [N], as `duplicate_families` gives it
+    folds: int = 5, # Parts, each predicted from the others
+    seed: int = 0, # Order of the families
+) -> np.ndarray: # [N, K] expected scores, 0 to 10
+    "What each article's scores would be, going by the others."
+    from sklearn.linear_model import RidgeCV
+    from sklearn.model_selection import GroupKFold
+    found, parts = np.zeros_like(labels, dtype=float), min(folds, len(set(families)))
+    if parts < 2: raise DataError(f"{len(labels)} articles of one family: nothing is left to predict them from")
+    for rest, part in GroupKFold(parts, shuffle=True, random_state=seed).split(embeddings, groups=families):
+        ridge = RidgeCV(alphas=np.logspace(-3, 3, 13)).fit(embeddings[rest], labels[rest])
+        found[part] = ridge.predict(embeddings[part]).reshape(len(part), -1)
+    return found.clip(0, 10)
+
+# %% ../nbs/12_distillation.ipynb #3c56e7f6
+def outlier_labels(
+    ids: Sequence[str], # Of the N articles
+    labels: np.ndarray, # [N, K] scores
+    expected: np.ndarray, # [N, K] from `out_of_fold`
+    names: Sequence[str], # The K dimensions
+    most: int = 5, # Rows a dimension
+) -> list[dict[str, Any]]: # dimension, rank, id, score, expected, residual, deviations; most surprising first
+    "The labels farthest from what is expected, dimension by dimension."
+    rows = []
+    for k, name in enumerate(names):
+        residuals = labels[:, k] - expected[:, k]
+        usual = 1.4826 * float(np.median(abs(residuals - np.median(residuals)))) or 1.0  # as a standard deviation
+        for rank, i in enumerate(np.argsort(-abs(residuals), kind="stable")[:most], 1):
+            rows.append({"dimension": name, "rank": rank, "id": ids[i], "score": float(labels[i, k]),
+                         "expected": float(expected[i, k]), "residual": float(residuals[i]),
+                         "deviations": float(residuals[i]) / usual})
+    return rows
+
+# %% ../nbs/12_distillation.ipynb #12a6f22b
+def conflicting_labels(
+    ids: Sequence[str], # Of the N articles
+    families: Sequence[int], # Family of near-duplicates of each row [N]
+    labels: np.ndarray, # [N, K] scores
+    names: Sequence[str], # The K dimensions
+    least: float = 2.0, # Points by which some dimension must differ
+) -> list[dict[str, Any]]: # first, second, dimension (the one that differs most), difference, mae; worst first
+    "Near-duplicate articles with different scores."
+    members: dict[int, list[int]] = {}
+    for row, family in enumerate(families): members.setdefault(family, []).append(row)
+    pairs = [(i, j) for rows in members.values() for i, j in combinations(rows, 2)]
+    gaps = [(i, j, abs(labels[i] - labels[j])) for i, j in pairs]
+    rows = [{"first": ids[i], "second": ids[j], "dimension": names[int(gap.argmax())], "difference": float(gap.max()),
+             "mae": float(gap.mean())} for i, j, gap in gaps if gap.max() >= least]
+    return sorted(rows, key=lambda row: (-row["difference"], -row["mae"]))
+
+# %% ../nbs/12_distillation.ipynb #e8ef231f
+def flat_dimensions(
+    labels: np.ndarray, # [N, K] scores
+    names: Sequence[str], # The K dimensions
+    variance: float = 0.25, # A dimension that varies less is flat
+    share: float = 0.95, # So is one with this share of its articles at one score
+) -> list[dict[str, Any]]: # dimension, variance, commonest, share
+    "Dimensions that say the same of almost every article."
+    rows = []
+    for k, name in enumerate(names):
+        values, counts = np.unique(labels[:, k], return_counts=True)
+        spread, most = float(labels[:, k].var()), float(counts.max() / len(labels))
+        if spread < variance or most >= share:
+            commonest = float(values[counts.argmax()])
+            rows.append({"dimension": name, "variance": spread, "commonest": commonest, "share": most})
+    return rows
+
+# %% ../nbs/12_distillation.ipynb #6c46d480
+def same_dimensions(
+    labels: np.ndarray, # [N, K] scores
+    names: Sequence[str], # The K dimensions
+    limit: float = 0.95, # Correlation above which two say the same
+) -> list[dict[str, Any]]: # first, second, pearson; highest first
+    "Pairs of dimensions that say the same."
+    found = [(first, second, pearson(labels[:, a], labels[:, b])) for (a, first), (b, second)
+             in combinations(enumerate(names), 2)]
+    alike = sorted(((r, *pair) for *pair, r in found if r is not None and r > limit), reverse=True)
+    return [{"first": first, "second": second, "pearson": r} for r, first, second in alike]
+
+# %% ../nbs/12_distillation.ipynb #f7254f60
+@dataclass(frozen=True)
+class LabelQuality:
+    "What is odd about the labels of a corpus."
+    rows: int # Labelled articles
+    predictable: dict[str, float | None] # Dimension → rank correlation of labels and out-of-fold predictions
+    outliers: list[dict[str, Any]] # From `outlier_labels`
+    conflicts: list[dict[str, Any]] # From `conflicting_labels`
+    flat: list[dict[str, Any]] # From `flat_dimensions`
+    same: list[dict[str, Any]] # From `same_dimensions`
+
+def label_quality(
+    ids: Sequence[str], # Of the N articles
+    texts: Sequence[str], # Title and content of each
+    embeddings: np.ndarray, # [N, D] of a frozen encoder
+    labels: np.ndarray, # [N, K] scores
+    names: Sequence[str], # The K dimensions
+    seed: int = 0, # Of the folds
+) -> LabelQuality: # Four tables
+    "Ask all four questions of a labelled corpus."
+    families = duplicate_families(texts)
+    expected = out_of_fold(embeddings, labels, families, seed=seed)
+    predictable = {name: spearman(labels[:, k], expected[:, k]) for k, name in enumerate(names)}
+    return LabelQuality(len(labels), predictable, outlier_labels(ids, labels, expected, names),
+                        conflicting_labels(ids, families, labels, names), flat_dimensions(labels, names),
+                        same_dimensions(labels, names))
+
+# %% ../nbs/12_distillation.ipynb #8937be7c
+@patch
+def markdown(
+    self: LabelQuality,
+) -> str: # A section, to stand in a report
+    "The four tables, in Markdown."
+    predictable = Table(["dimension", "rank correlation, out of fold"],
+                        [[name, _plain(value)] for name, value in self.predictable.items()])
+    found = {"Surprising labels": self.outliers, "Near-duplicates with different scores": self.conflicts,
+             "Dimensions without variance": self.flat, "Dimensions that say the same": self.same}
+    parts = [f"### {title}\n\n{_rows_table(rows) if rows else 'None.'}" for title, rows in found.items()]
+    return "\n\n".join([f"## Label quality\n\n{self.rows:,} labelled articles. How far labels follow from the text:"
+                        f"\n\n{predictable}", *parts]) + "\n"
+
+def _rows_table(rows: Sequence[dict[str, Any]]) -> Table:
+    return Table(list(rows[0]), [[_plain(value) for value in row.values()] for row in rows])
+
+def _plain(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+# %% ../nbs/12_distillation.ipynb #054b79bc
+def check_labels(
+    parameters: TrainingParameters, # Names the encoder
+    prepared: Prepared, # Filter and splits
+    folder: str | Path, # Gets `label_quality.md`
+) -> LabelQuality: # Of all three splits together
+    "Check the labels of a prepared corpus; the encoder's vectors are those that training uses."
+    student = make_student(parameters.settled(), prepared)
+    rows = [row for part in prepared.splits.values() for row in part]
+    vectors = np.concatenate([student.embeddings[name] for name in prepared.splits])
+    found = label_quality([row["id"] for row in rows], [article_text(row) for row in rows], vectors,
+                          np.array([row["labels"] for row in rows]), list(prepared.filter.definition.dimensions))
+    write_text(Path(folder)/"label_quality.md", found.markdown())
+    return found
+
+# %% ../nbs/12_distillation.ipynb #b5a2bb93
 class LoadedFilter:
     "A deployed filter, ready to score."
     def __init__(
@@ -562,7 +742,7 @@ def load_filter(
     "Load a deployed filter."
     return LoadedFilter(folder, device)
 
-# %% ../nbs/12_distillation.ipynb #d4e9fd77
+# %% ../nbs/12_distillation.ipynb #7d229d07
 @patch
 @torch.no_grad()
 def raw_scores(
@@ -580,7 +760,7 @@ def raw_scores(
         found[numbers] = self.head.predict(given[self.filter.definition.name]).cpu().numpy()
     return found
 
-# %% ../nbs/12_distillation.ipynb #65fbf551
+# %% ../nbs/12_distillation.ipynb #f0592419
 @patch
 def score(
     self: LoadedFilter,
@@ -598,7 +778,7 @@ def score(
         for one, reason in zip(clean, stopped):
             yield {"id": one["id"]} | (next(scored) if reason is None else NOT_SCORED) | {"prefiltered": reason}
 
-# %% ../nbs/12_distillation.ipynb #40ebf328
+# %% ../nbs/12_distillation.ipynb #5543a320
 NOT_SCORED: dict[str, Any] = {"scores": None, "overall": None, "tier": None, "intervals": None} # Of a stopped article
 
 @patch
