@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/12_distillation.ipynb #b93e1b45
+# %% ../nbs/12_distillation.ipynb #43e061b7
 from .calibration import Calibration, ConformalIntervals, fit_calibration, fit_intervals, labeller_agreement
 from .collators import BatchPlan, RegressionCollator
 from .core import (DataError, ParameterError, Parameters, Quarantine, RunError, RunFolder, atomic_path,
@@ -43,7 +43,7 @@ from .metrics import Predictions, constant_predictor, pearson, spearman, tier_sc
 from .reports import (Evaluation, Table, VerdictRules, evaluate_run, evaluation_markdown, save_plots,
                             write_training_report)
 from .tasks import (Task, TextModel, apply_tuning, build_model, check_tuning, load_encoder, load_model,
-                          load_tokenizer, save_model)
+                          load_tokenizer, save_model, tokenize_texts)
 from .trainer import Trainer, TrainerConfig, launch, replace_folder
 
 # %% ../nbs/12_distillation.ipynb #685a3fc1
@@ -137,7 +137,7 @@ def _prepare_own(parameters: TrainingParameters, filter: Filter, quarantine: Qua
               "prefiltered": stopped}
     return Prepared(filter, splits, facts, quarantine)
 
-# %% ../nbs/12_distillation.ipynb #98af5dc7
+# %% ../nbs/12_distillation.ipynb #adb32150
 def tokenize(
     rows: Iterable[dict[str, Any]], # Articles: `title`, `content`, `labels` where known
     tokenizer: PreTrainedTokenizerBase, # The model's
@@ -145,9 +145,7 @@ def tokenize(
 ) -> tuple[list[dict[str, Any]], int]: # Examples with `input_ids` and `labels`; how many were cut
     "Turn articles into examples."
     rows = list(rows)
-    texts = [article_text(row) for row in rows]
-    ids = tokenizer(texts, truncation=True, max_length=max_length, verbose=False)["input_ids"] if texts else []
-    cut = sum(len(one) >= max_length for one in ids)
+    ids, cut = tokenize_texts([article_text(row) for row in rows], tokenizer, max_length)
     labels = [{"labels": row["labels"]} if "labels" in row else {} for row in rows]
     return [{"input_ids": one} | known for one, known in zip(ids, labels)], cut
 

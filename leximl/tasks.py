@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'STEPS', 'HEADS', 'MINILM_SHA256', 'OWN', 'pool_mean', 'pool_last', 'RegressionHead', 'OrdinalHead',
            'ClassificationHead', 'MultiLabelHead', 'SequenceHead', 'Task', 'spaced_layers', 'TextModel',
-           'minilm_folder', 'load_tokenizer', 'load_encoder', 'default_pooling', 'build_model', 'apply_tuning',
-           'count_parameters', 'check_tuning', 'save_model', 'model_facts', 'build_multitask_model', 'load_model']
+           'minilm_folder', 'load_tokenizer', 'load_encoder', 'tokenize_texts', 'default_pooling', 'build_model',
+           'apply_tuning', 'count_parameters', 'check_tuning', 'save_model', 'model_facts', 'build_multitask_model',
+           'load_model']
 
 # %% ../nbs/05_tasks.ipynb #c4f7f008
 import re
@@ -25,11 +26,11 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-# %% ../nbs/05_tasks.ipynb #371ae2b3
+# %% ../nbs/05_tasks.ipynb #85f74ea2
 from .collators import EmotionCollator, RegressionCollator, SummarizationCollator, TopicCollator
 from .core import (ConfigError, DataError, ParameterError, atomic_path, file_sha256, read_json, require,
                          write_json)
-from .t5_weights import TransformerConfig
+from .t5_weights import TransformerConfig, end_token
 from .transformer import Decoder, Encoder, GenerationConfig, Transformer, start_weights
 
 # %% ../nbs/05_tasks.ipynb #b0a8fbc7
@@ -173,11 +174,11 @@ def metrics(
     errors = predictions - labels
     return {"mae": float(np.abs(errors).mean()), "rmse": float(np.sqrt((errors**2).mean()))}
 
-# %% ../nbs/05_tasks.ipynb #6f2737c6
+# %% ../nbs/05_tasks.ipynb #2faae08c
 class ClassificationHead(RegressionHead):
     "One of C classes, trained by the cross-entropy."
     collator = TopicCollator
-    monitor = "error_rate" # The validation metric that chooses the epoch; lower is better
+    monitor = "f1_error" # The validation metric that chooses the epoch; lower is better
 
 @patch
 def start_from(
@@ -206,15 +207,18 @@ def predict(
     "Probability of each class."
     return outputs.float().softmax(-1)
 
-# %% ../nbs/05_tasks.ipynb #dcd232aa
+# %% ../nbs/05_tasks.ipynb #b478ff24
 @patch
 def metrics(
     self: ClassificationHead,
     predictions: np.ndarray, # Probabilities [B, C]
     labels: np.ndarray, # Class numbers [B]
-) -> dict[str, float]: # `error_rate`
-    "Share of wrong classes."
-    return {"error_rate": float((predictions.argmax(-1) != labels).mean())}
+) -> dict[str, float]: # `f1_error` and `error_rate`, 0 to 1
+    "1 − mean F1 of the classes that occur, and the share of wrong classes."
+    said, size = predictions.argmax(-1), predictions.shape[-1]
+    right, told, there = (np.bincount(one, minlength=size) for one in (labels[said == labels], said, labels))
+    f1 = 2 * right[told + there > 0] / (told + there)[told + there > 0]
+    return {"f1_error": float(1 - f1.mean()), "error_rate": float((said != labels).mean())}
 
 # %% ../nbs/05_tasks.ipynb #c55b850d
 class MultiLabelHead(RegressionHead):
@@ -480,7 +484,24 @@ def load_encoder(
     if hasattr(config, "attention_probs_dropout_prob"): config.attention_probs_dropout_prob = 0.0 # lets it be fused
     return _from_source(AutoModel.from_pretrained, name, config=config, use_safetensors=True, dtype=dtype)
 
-# %% ../nbs/05_tasks.ipynb #3554d7ae
+# %% ../nbs/05_tasks.ipynb #d56bd783
+def tokenize_texts(
+    texts: Sequence[str], # Texts [B]
+    tokenizer: PreTrainedTokenizerBase, # The model's
+    window: int, # Most tokens of a text
+    target: bool = False, # A text to be written: no token before it, the end token after it
+) -> tuple[list[list[int]], int]: # Tokens of each text; how many were cut
+    "Texts to tokens."
+    if not texts: return [], 0
+    if not target:
+        ids = tokenizer(list(texts), truncation=True, max_length=window, verbose=False)["input_ids"]
+        long = [text for text, one in zip(texts, ids) if len(one) >= window] or ["x"]
+        return ids, sum(len(one) > window for one in tokenizer(long, verbose=False)["input_ids"])
+    plain: Any = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    end: Any = end_token(tokenizer)
+    return [[*one[:window - 1], end] for one in plain], sum(len(one) >= window for one in plain)
+
+# %% ../nbs/05_tasks.ipynb #56548158
 def default_pooling(
     config: Any, # An encoder's configuration
 ) -> str: # "mean" or "last"
@@ -489,7 +510,7 @@ def default_pooling(
     only_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return "last" if only_causal else "mean"
 
-# %% ../nbs/05_tasks.ipynb #038803b3
+# %% ../nbs/05_tasks.ipynb #b81400b5
 OWN = "leximl-transformer" # The `model_type` of this library's transformer
 
 def _encoder_and_decoder(encoder: Any, decoder: TransformerConfig | None) -> tuple[Any, Decoder | None]:
@@ -521,7 +542,7 @@ def build_model(
     if own and layers != 1: raise ParameterError(f"layers must be 1 with a transformer of this library, got {layers}")
     return TextModel(reader, tasks, pooling or ("mean" if own else default_pooling(reader.config)), layers, writer)
 
-# %% ../nbs/05_tasks.ipynb #a7957ed3
+# %% ../nbs/05_tasks.ipynb #54d3a1ff
 def apply_tuning(
     model: TextModel, # As built
     tuning: str, # "head" (encoder frozen), "lora" (low-rank adapters) or "full"
@@ -550,7 +571,7 @@ def _frozen_parameters(model: TextModel, frozen_layers: int) -> set[str]:
         raise ParameterError(f"frozen_layers must be from 0 to the encoder's {depth} layers, got {frozen_layers}")
     return {name for name, found in places.items() if (int(found[1]) < frozen_layers if found else "embedding" in name)}
 
-# %% ../nbs/05_tasks.ipynb #30b78313
+# %% ../nbs/05_tasks.ipynb #021002d3
 def count_parameters(
     model: nn.Module, # Any model
 ) -> dict[str, int]: # `trainable` and `total`
@@ -559,7 +580,7 @@ def count_parameters(
     return {"trainable": sum(number for number, learns in counts if learns),
             "total": sum(number for number, _ in counts)}
 
-# %% ../nbs/05_tasks.ipynb #3203a39f
+# %% ../nbs/05_tasks.ipynb #e59eac37
 def check_tuning(
     model: TextModel, # Ready to train
     tuning: str, # "head", "lora" or "full"
@@ -577,7 +598,7 @@ def check_tuning(
                           f"first difference: {odd[0]}")
     return count_parameters(model)
 
-# %% ../nbs/05_tasks.ipynb #c8122d79
+# %% ../nbs/05_tasks.ipynb #e074c979
 def save_model(
     model: TextModel, # Trained
     tokenizer: PreTrainedTokenizerBase, # Its tokenizer
@@ -600,7 +621,7 @@ def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     first = {id(one): name for name, one in reversed(list(pairs))}
     return {name: one.detach() for name, one in pairs if first[id(one)] == name}
 
-# %% ../nbs/05_tasks.ipynb #6250a1bf
+# %% ../nbs/05_tasks.ipynb #f26d73b3
 def model_facts(
     model: TextModel, # Any model
 ) -> dict[str, Any]: # `encoder`, `decoder`, `pooling`, `layers`, `tasks`, as JSON can hold them
@@ -624,7 +645,7 @@ def build_multitask_model(
     decoder = TransformerConfig(**facts["decoder"]) if facts.get("decoder") else None
     return build_model(tasks, encoder or dict(facts["encoder"]), facts["pooling"], facts["layers"], decoder)
 
-# %% ../nbs/05_tasks.ipynb #0c63dd51
+# %% ../nbs/05_tasks.ipynb #008f8054
 def load_model(
     folder: str | Path, # As `save_model` wrote it
 ) -> tuple[TextModel, PreTrainedTokenizerBase, dict[str, Any]]: # Model in evaluation mode, tokenizer, `config.json`
