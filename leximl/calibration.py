@@ -4,25 +4,27 @@
 
 # %% auto #0
 __all__ = ['Calibration', 'fit_calibration', 'rows_needed', 'ConformalIntervals', 'fit_intervals', 'Thresholds', 'fit_thresholds',
-           'labeller_agreement']
+           'MethodCheck', 'ProbabilityCalibration', 'fit_probability_calibration', 'ConformalSets',
+           'fit_conformal_sets', 'risk_coverage', 'PrecisionThreshold', 'precision_threshold', 'labeller_agreement']
 
-# %% ../nbs/08_calibration.ipynb #b5d98f06
+# %% ../nbs/08_calibration.ipynb #134e1ec4
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import combinations
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-# %% ../nbs/08_calibration.ipynb #36173df1
+# %% ../nbs/08_calibration.ipynb #360f649c
 import numpy as np
 from fastcore.basics import patch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-# %% ../nbs/08_calibration.ipynb #730b6557
+# %% ../nbs/08_calibration.ipynb #0819b2bf
 from .core import DataError, ParameterError
-from .metrics import (Interval, bootstrap, f1_by_label, label_matrix, paired_difference, pearson, score_matrix,
-                            spearman, weighted_kappa, wilson_interval)
+from .metrics import (Interval, bootstrap, check_confidence, check_probabilities, expected_calibration_error,
+                            f1_by_label, label_matrix, log_losses, paired_difference, pearson, probability_matrix,
+                            resample_weights, score_matrix, spearman, weighted_kappa, wilson_interval)
 
-# %% ../nbs/08_calibration.ipynb #50183b7f
+# %% ../nbs/08_calibration.ipynb #02e5fc48
 class _Stored(BaseModel):
     "Something fitted that lives in a JSON file."
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,7 +40,8 @@ class _Stored(BaseModel):
         "Read it back; what does not fit is a `DataError`."
         try: return cls.model_validate(values)
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()[:3])
+            wrong = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ")
+                              for one in error.errors()[:3])
             raise DataError(f"this is no stored {cls.__name__} ({wrong}): give what `to_dict` wrote") from None
 
 # %% ../nbs/08_calibration.ipynb #ef882cf1
@@ -276,7 +279,302 @@ def apply(
     "The labels whose probability lies above their threshold."
     return _probabilities(probabilities, self.names) > [self.values[name] for name in self.names]
 
-# %% ../nbs/08_calibration.ipynb #f3d0fecb
+# %% ../nbs/08_calibration.ipynb #18bf53cd
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    "Probabilities [B, C] of logits [B, C]."
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+def _logits(probabilities: np.ndarray) -> np.ndarray:
+    "Logarithms of probabilities [B, C]; what is below 1e-12 counts as that."
+    return np.log(np.maximum(probabilities, 1e-12))
+
+# %% ../nbs/08_calibration.ipynb #5bc6ed44
+def _least(rows: int) -> float:
+    "The smallest probability that so many rows can tell from 0."
+    return 1 / (rows + 2)
+
+def _softened(references: np.ndarray, classes: int) -> np.ndarray:
+    "The true class's share of each row [B, C]: nearly 1."
+    others = _least(len(references)) / max(1, classes - 1)
+    return np.where(np.eye(classes, dtype=bool)[references], 1 - others * (classes - 1), others)
+
+def _cross_entropy(logits: np.ndarray, shares: np.ndarray) -> float:
+    "Mean log loss of logits [B, C] on shares [B, C]."
+    top = logits.max(axis=1)
+    return float((np.log(np.exp(logits - top[:, None]).sum(axis=1)) + top - (shares * logits).sum(axis=1)).mean())
+
+# %% ../nbs/08_calibration.ipynb #af8fa2ba
+def _fit_temperature(probabilities: np.ndarray, references: np.ndarray) -> dict[str, Any]:
+    "The temperature of the lowest log loss, from 1/20 to 20."
+    from scipy.optimize import minimize_scalar
+    logits, shares = _logits(probabilities), _softened(references, probabilities.shape[1])
+    found = minimize_scalar(lambda log: _cross_entropy(logits / np.exp(log), shares), method="bounded",
+                            bounds=(-math.log(20), math.log(20)))
+    return {"temperature": float(np.exp(found.x))}
+
+# %% ../nbs/08_calibration.ipynb #3464c160
+_PRIOR = 0.25 # Standard deviation of scales and biases about the temperature's solution
+
+def _fit_vector(probabilities: np.ndarray, references: np.ndarray) -> dict[str, Any]:
+    "Scales and biases [C] of the lowest penalised log loss."
+    from scipy.optimize import minimize
+    logits, C = _logits(probabilities), probabilities.shape[1]
+    shares, seen = _softened(references, C), np.bincount(references, minlength=C) > 0
+    start = np.repeat([1 / _fit_temperature(probabilities, references)["temperature"], 0.0], C)
+    def _loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        said, away = logits * values[:C] + values[C:], (values - start) / _PRIOR**2 / len(logits)
+        slope = (_softmax(said) - shares) / len(logits)
+        steepness = np.concatenate([(slope * logits).sum(axis=0), slope.sum(axis=0)])
+        return _cross_entropy(said, shares) + ((values - start) * away).sum() / 2, (steepness + away) * np.tile(seen, 2)
+    found = minimize(_loss, start, jac=True, method="L-BFGS-B").x
+    return {"scales": found[:C].tolist(), "biases": found[C:].tolist()}
+
+# %% ../nbs/08_calibration.ipynb #621cda11
+def _fit_isotonic(probabilities: np.ndarray, references: np.ndarray) -> dict[str, Any]:
+    "A rising curve for each class; a class that no row has keeps its probability."
+    least = _least(len(references))
+    def _curve(said: np.ndarray, there: np.ndarray) -> tuple[list[float], list[float]]:
+        if not there.any(): return [0.0, 1.0], [0.0, 1.0]
+        places, values = _isotonic(said, there.astype(float))
+        return places, np.clip(values, least, 1 - least).tolist()
+    return {"curves": [_curve(probabilities[:, k], references == k) for k in range(probabilities.shape[1])]}
+
+# %% ../nbs/08_calibration.ipynb #6f8441e5
+def _recalibrated(probabilities: np.ndarray, fitted: Mapping[str, Any]) -> np.ndarray:
+    "Probabilities [B, C] by a temperature, by scales and biases, by curves, or as they are."
+    if fitted.get("temperature"): return _softmax(_logits(probabilities) / fitted["temperature"])
+    if fitted.get("scales"): return _softmax(_logits(probabilities) * fitted["scales"] + fitted["biases"])
+    if not fitted.get("curves"): return probabilities.copy()
+    shares = np.stack([np.interp(probabilities[:, k], *curve) for k, curve in enumerate(fitted["curves"])], axis=1)
+    return shares / shares.sum(axis=1, keepdims=True)
+
+_FITS: dict[str, Callable[[np.ndarray, np.ndarray], dict[str, Any]]] = {
+    "none": lambda probabilities, references: {}, "temperature": _fit_temperature, "vector": _fit_vector,
+    "isotonic": _fit_isotonic} # The simplest first
+
+# %% ../nbs/08_calibration.ipynb #92b63e63
+def _cross_recalibrated(
+    probabilities: np.ndarray, references: np.ndarray, method: str, folds: int, seed: int
+) -> np.ndarray:
+    "Each row's probabilities [B, C] by a fit that has not seen the row."
+    fold = np.random.default_rng(seed).permutation(len(references)) % folds
+    crossed = np.empty_like(probabilities)
+    for held in range(folds):
+        fitted = _FITS[method](probabilities[fold != held], references[fold != held])
+        crossed[fold == held] = _recalibrated(probabilities[fold == held], fitted)
+    return crossed
+
+# %% ../nbs/08_calibration.ipynb #455a567b
+class MethodCheck(_Stored):
+    "What a method of calibration reached on validation rows that it had not seen."
+    log_loss: float # Mean
+    ece: float # Expected calibration error, equal width
+    accuracy: float # Share of right answers
+    change: Interval # Of the log loss against "none", paired; below 0 where the method helps
+
+class ProbabilityCalibration(_Stored):
+    "How a classifier's probabilities become calibrated ones."
+    names: list[str] # The C classes, in the order of the columns
+    method: Literal["none", "temperature", "vector", "isotonic"] # The one that was kept
+    temperature: Annotated[float, Field(gt=0)] | None = None # Where that is the method
+    scales: list[FiniteFloat] = [] # [C], where the method is "vector"
+    biases: list[FiniteFloat] = [] # [C], likewise
+    curves: list[tuple[list[FiniteFloat], list[FiniteFloat]]] = [] # C curves, where the method is "isotonic"
+    checks: dict[str, MethodCheck] # Method → what it reached, out of fold
+    rows: int # Validation rows it was fitted on
+    folds: int # Folds of the check
+    seed: int # Seed of the folds
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        C = len(self.names)
+        has = [int(self.temperature is not None), len(self.scales), len(self.biases), len(self.curves)]
+        needs = {"none": [0, 0, 0, 0], "temperature": [1, 0, 0, 0], "vector": [0, C, C, 0], "isotonic": [0, 0, 0, C]}
+        if has != needs[self.method] or any(len(x) != len(y) or not x for x, y in self.curves):
+            raise ValueError(f"method {self.method} needs other values than these, for {C} classes")
+        return self
+
+# %% ../nbs/08_calibration.ipynb #faa6ba98
+def fit_probability_calibration(
+    probabilities: Any, # [B, C] on the validation split
+    references: Any, # [B] class numbers: what is true
+    names: Sequence[str], # The C classes
+    seed: int = 0, # Seed of the folds
+    folds: int = 5, # Folds of the check, at least 2
+) -> ProbabilityCalibration: # "none" where nothing lowers the out-of-fold log loss
+    "Try temperature, vector scaling and isotonic curves, and keep what helps most on rows it has not seen."
+    said, true = check_probabilities(probabilities, references, names)
+    _enough_rows(len(said), folds)
+    crossed = {method: _cross_recalibrated(said, true, method, folds, seed) for method in _FITS}
+    checks = {method: _method_check(values, said, true) for method, values in crossed.items()}
+    method = min(checks, key=lambda name: checks[name].log_loss)
+    return ProbabilityCalibration(names=list(names), method=method, checks=checks, rows=len(said),  # type: ignore
+                                  folds=folds, seed=seed, **_FITS[method](said, true))
+
+def _method_check(mended: np.ndarray, said: np.ndarray, true: np.ndarray) -> MethodCheck:
+    "A method's figures beside those of no calibration."
+    losses, right = log_losses(mended, true), mended.argmax(axis=1) == true
+    return MethodCheck(log_loss=float(losses.mean()), accuracy=float(right.mean()),
+                       ece=expected_calibration_error(mended.max(axis=1), right),
+                       change=paired_difference(losses, log_losses(said, true)))
+
+# %% ../nbs/08_calibration.ipynb #aed9c154
+@patch
+def table(
+    self: ProbabilityCalibration,
+) -> list[dict[str, Any]]: # One row a method: method, log_loss, change (Interval), ece, accuracy, kept
+    "What the check said, method by method."
+    return [{"method": name, "log_loss": check.log_loss, "change": check.change, "ece": check.ece,
+             "accuracy": check.accuracy, "kept": name == self.method} for name, check in self.checks.items()]
+
+# %% ../nbs/08_calibration.ipynb #937a548b
+@patch
+def apply(
+    self: ProbabilityCalibration,
+    probabilities: Any, # [B, C] of a model; B may be 0
+) -> np.ndarray: # [B, C] calibrated; each row adds up to 1; a new array
+    "Calibrated probabilities."
+    if not len(probabilities): return np.empty((0, len(self.names)))
+    return _recalibrated(probability_matrix("probabilities", probabilities, self.names), vars(self))
+
+@patch
+def out_of_fold(
+    self: ProbabilityCalibration,
+    probabilities: Any, # [B, C] the validation probabilities it was fitted on
+    references: Any, # [B] their true classes
+) -> np.ndarray: # [B, C] calibrated by the method that was kept
+    "Validation probabilities as new rows would get them: each by a fit that has not seen it."
+    said, true = check_probabilities(probabilities, references, self.names)
+    if len(said) != self.rows: raise DataError(f"{len(said)} rows: it was fitted on {self.rows}, give those")
+    return _cross_recalibrated(said, true, self.method, self.folds, self.seed)
+
+# %% ../nbs/08_calibration.ipynb #249eb1b1
+class ConformalSets(_Stored):
+    "Which classes are likely enough to be the true one."
+    names: list[str] # The C classes, in the order of the columns
+    least: float # A class with at least this probability is in the set
+    promised: float # Share of sets that hold the true class
+    rows: int # Validation rows behind it
+
+def fit_conformal_sets(
+    probabilities: Any, # [B, C] final validation probabilities; out of fold where calibrated
+    references: Any, # [B] class numbers: what is true
+    names: Sequence[str], # The C classes
+    coverage: float = 0.9, # Wanted share of sets that hold the true class
+) -> ConformalSets: # The threshold of a class's probability
+    "The least ambiguous sets that hold the true class so often."
+    said, true = check_probabilities(probabilities, references, names)
+    if len(said) < rows_needed(coverage):
+        raise DataError(f"{len(said)} validation rows are too few for a coverage of {coverage:g}: at least "
+                        f"{rows_needed(coverage)} are needed, or a lower coverage")
+    least = 1 - _half_width(said[np.arange(len(true)), true], np.ones(len(true)), coverage)
+    return ConformalSets(names=list(names), least=least, promised=coverage, rows=len(said))
+
+# %% ../nbs/08_calibration.ipynb #8989c53b
+@patch
+def sets(
+    self: ConformalSets,
+    probabilities: Any, # [B, C] final probabilities
+) -> np.ndarray: # [B, C] booleans: which classes are in the set; a row may be empty
+    "The set of possible classes of each row."
+    return probability_matrix("probabilities", probabilities, self.names) >= self.least - 1e-12
+
+@patch
+def answers(
+    self: ConformalSets,
+    probabilities: Any, # [B, C] final probabilities
+) -> np.ndarray: # [B] class numbers; −1 where the set has not exactly one class
+    "The class of each row, or no answer."
+    sets = self.sets(probabilities)
+    return np.where(sets.sum(axis=1) == 1, sets.argmax(axis=1), -1)
+
+# %% ../nbs/08_calibration.ipynb #8caadd00
+@patch
+def coverage(
+    self: ConformalSets,
+    probabilities: Any, # [B, C] final probabilities of rows that fitted nothing
+    references: Any, # [B] class numbers: what is true
+) -> dict[str, Any]: # promised; size (mean); overall, answered, empty, right_answers and classes: Intervals
+    "How often the sets hold the true class, how large they are, and how often there is one answer."
+    said, true = check_probabilities(probabilities, references, self.names)
+    sets, answers = self.sets(said), self.answers(said)
+    inside, given = sets[np.arange(len(true)), true], answers >= 0
+    return {"promised": self.promised, "overall": _measured(inside), "size": float(sets.sum(axis=1).mean()),
+            "answered": _measured(given), "empty": _measured(~sets.any(axis=1)),
+            "right_answers": _measured((answers == true)[given]),
+            "classes": {name: _measured(inside[true == k]) for k, name in enumerate(self.names)}}
+
+def _measured(there: np.ndarray) -> Interval | None:
+    "A share with its interval; None of no rows."
+    return wilson_interval(int(there.sum()), len(there)) if len(there) else None
+
+# %% ../nbs/08_calibration.ipynb #2326891d
+def risk_coverage(
+    confidence: Any, # [B] from 0 to 1
+    right: Any, # [B] booleans: whether the answer was right
+    repeats: int = 1000, # Resamples for the interval of the area
+    seed: int = 0, # The same seed gives the same interval
+) -> dict[str, Any]: # threshold, coverage, risk: [M], one for each confidence; area (Interval); random, best: areas
+    "The share of errors among the answers, from the surest one to all of them."
+    sure, right = check_confidence(confidence, right)
+    order, n = np.argsort(-sure, kind="stable"), len(sure)
+    starts = np.flatnonzero(np.diff(-sure[order], prepend=-2.0))
+    wrong = (~right[order]).astype(float)
+    spread = [_area(weights[:, order], wrong, starts) for weights in resample_weights(n, repeats, seed)]
+    low, high = np.percentile(np.concatenate(spread), [2.5, 97.5])
+    answered, errors = (np.add.reduceat(one, starts).cumsum() for one in (np.ones(n), wrong))
+    last = np.arange(1, errors[-1] + 1)
+    return {"threshold": sure[order][starts], "coverage": answered / n, "risk": errors / answered,
+            "area": Interval(float(_area(np.ones((1, n)), wrong, starts)[0]), float(low), float(high), n),
+            "random": float(errors[-1] / n), "best": float((last / (n - errors[-1] + last)).sum() / n)}
+
+def _area(weights: np.ndarray, wrong: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    "The mean risk over all coverages [R], of rows from the surest with weights [R, B]."
+    rows, errors = (np.add.reduceat(one, starts, axis=1) for one in (weights, weights * wrong))
+    rows_above, errors_above = rows.cumsum(axis=1) - rows, errors.cumsum(axis=1) - errors
+    harmonic = np.append(0.0, np.cumsum(1 / np.arange(1, weights.shape[1] + 1)))
+    steps = harmonic[(rows_above + rows).astype(int)] - harmonic[rows_above.astype(int)]
+    share = np.divide(errors, rows, out=np.zeros_like(rows), where=rows > 0)
+    return (errors + (errors_above - share * rows_above) * steps).sum(axis=1) / weights.shape[1]
+
+# %% ../nbs/08_calibration.ipynb #370e93c9
+class PrecisionThreshold(_Stored):
+    "From which confidence upwards answers are right as often as wanted."
+    wanted: float # Share of right answers
+    threshold: float | None # Answer from here upwards; None where no confidence is enough
+    precision: Interval | None # Share of right answers there, on validation
+    kept: Interval # Share of rows that are answered
+    certain: bool # Whether the lower bound of the precision reaches what is wanted
+
+# %% ../nbs/08_calibration.ipynb #9fc44eda
+def precision_threshold(
+    confidence: Any, # [B] of validation rows; out of fold where calibrated
+    right: Any, # [B] booleans: whether the answer was right
+    precision: float = 0.95, # Wanted share of right answers
+) -> PrecisionThreshold: # The smallest confidence that reaches it
+    "The confidence to ask for, so that answers are right as often as wanted."
+    sure, right = check_confidence(confidence, right)
+    if not 0 < precision < 1: raise ParameterError(f"precision {precision}: give a share between 0 and 1, like 0.95")
+    values, groups = np.unique(sure, return_inverse=True)
+    answered, hits = (np.bincount(groups, weights=one)[::-1].cumsum()[::-1].astype(int) for one in (sure >= 0, right))
+    found = [wilson_interval(int(a), int(b)) for a, b in zip(hits, answered)]
+    certain, reached = ([k for k, one in enumerate(found) if one[bound] >= precision] for bound in (1, 0))
+    best = next(iter(certain or reached), None)
+    kept = wilson_interval(0 if best is None else int(answered[best]), len(sure))
+    return PrecisionThreshold(wanted=precision, threshold=None if best is None else float(values[best]), kept=kept,
+                              precision=None if best is None else found[best], certain=bool(certain))
+
+# %% ../nbs/08_calibration.ipynb #727e330e
+@patch
+def keeps(
+    self: PrecisionThreshold,
+    confidence: Any, # [B] from 0 to 1
+) -> np.ndarray: # [B] booleans: whether to answer
+    "Which rows are sure enough."
+    return np.asarray(confidence, dtype=float) >= (math.inf if self.threshold is None else self.threshold)
+
+# %% ../nbs/08_calibration.ipynb #ffee921a
 def labeller_agreement(
     rows: Iterable[Mapping[str, Any]], # Labels: id, oracle, dimensions {name: score}
 ) -> dict[str, Any]: # articles, n (pairs), mae, dimensions: name → mae, pearson, spearman, kappa, n; pairs: n, mae
@@ -305,7 +603,7 @@ def _labels_by_article(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[tupl
         labels.setdefault(str(row["id"]), []).append((str(row["oracle"]), _label(number, row["dimensions"], names)))
     return {article: sorted(given, key=lambda label: label[0]) for article, given in labels.items()}
 
-# %% ../nbs/08_calibration.ipynb #0c7b56f0
+# %% ../nbs/08_calibration.ipynb #a7072d74
 def _label(number: int, dimensions: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
     "One label's scores in the order of the names."
     if set(dimensions) != set(names):

@@ -5,8 +5,11 @@
 # %% auto #0
 __all__ = ['Interval', 'wilson_interval', 'bootstrap', 'paired_difference', 'unpaired_difference', 'share_difference', 'pearson',
            'spearman', 'weighted_kappa', 'dimension_scores', 'score_matrix', 'regression_scores', 'constant_predictor',
-           'tier_scores', 'label_matrix', 'f1_by_label', 'multilabel_scores', 'majority_labels',
-           'classification_scores', 'majority_predictor', 'rouge_scores', 'rouge_like', 'Predictions']
+           'tier_scores', 'label_matrix', 'f1_by_label', 'resample_weights', 'multilabel_scores', 'majority_labels',
+           'class_numbers', 'classification_scores', 'majority_predictor', 'probability_matrix', 'check_probabilities',
+           'check_confidence', 'calibration_bins', 'expected_calibration_error', 'ece_floor', 'probability_scores',
+           'log_losses', 'majority_probabilities', 'probability_differences', 'mcnemar', 'rouge_scores', 'rouge_like',
+           'Predictions']
 
 # %% ../nbs/07_metrics.ipynb #3943aece
 import re
@@ -283,7 +286,18 @@ def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     "Part / whole; 0 where the whole is 0."
     return np.divide(part, whole, out=np.zeros(np.shape(whole)), where=whole > 0)
 
-# %% ../nbs/07_metrics.ipynb #76c918b1
+# %% ../nbs/07_metrics.ipynb #fcc4e34c
+def resample_weights(
+    rows: int, # How many there are
+    repeats: int = 1000, # Resamples to draw
+    seed: int = 0, # The same seed gives the same resamples
+) -> Iterator[np.ndarray]: # How often each row was drawn [R, rows], some resamples at a time
+    "Resamples as weights of the rows, for whatever is made of sums over rows."
+    for draws in _draws(rows, repeats, seed):
+        places = draws + rows * np.arange(len(draws))[:, None]
+        yield np.bincount(places.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.float64)
+
+# %% ../nbs/07_metrics.ipynb #b15edfd3
 def multilabel_scores(
     predicted: Any, # [B, C] booleans: what the model says
     references: Any, # [B, C] booleans: what is there
@@ -297,16 +311,11 @@ def multilabel_scores(
 
 def _f1_intervals(marks: np.ndarray, repeats: int = 1000, seed: int = 0) -> list[Interval]:
     "Micro- and macro-F1 with their bootstrap intervals."
-    spread = np.concatenate([_micro_macro(np.tensordot(_weights(draws), marks, 1))
-                             for draws in _draws(len(marks), repeats, seed)], axis=1)
+    spread = np.concatenate([_micro_macro(np.tensordot(weights, marks, 1))
+                             for weights in resample_weights(len(marks), repeats, seed)], axis=1)
     lows, highs = np.percentile(spread, [2.5, 97.5], axis=1).tolist()
     values = _micro_macro(marks.sum(axis=0)).tolist()
     return [Interval(value, low, high, len(marks)) for value, low, high in zip(values, lows, highs)]
-
-def _weights(draws: np.ndarray) -> np.ndarray:
-    "How often each row was drawn, for each resample [R, B]."
-    places = draws + draws.shape[1] * np.arange(len(draws))[:, None]
-    return np.bincount(places.ravel(), minlength=draws.size).reshape(draws.shape).astype(np.float64)
 
 def _micro_macro(counts: np.ndarray) -> np.ndarray:
     "Micro- and macro-F1 [2, ...] from counts [..., 3, C]."
@@ -319,7 +328,7 @@ def _label_rows(counts: np.ndarray, names: Sequence[str]) -> dict[str, dict[str,
     return {name: {"precision": precision, "recall": recall, "f1": f1, "n": int(there[k])}
             for k, (name, (precision, recall, f1)) in enumerate(zip(names, figures, strict=True))}
 
-# %% ../nbs/07_metrics.ipynb #94b27b74
+# %% ../nbs/07_metrics.ipynb #c42e683f
 def majority_labels(
     labels: Any, # [B, C] booleans, of the training rows
 ) -> np.ndarray: # [C] booleans: what it always predicts
@@ -327,24 +336,13 @@ def majority_labels(
     shares = label_matrix("labels", labels, [str(k) for k in range(np.shape(labels)[-1])]).mean(axis=0)
     return shares > 0.5 if (shares > 0.5).any() else np.arange(len(shares)) == shares.argmax()
 
-# %% ../nbs/07_metrics.ipynb #f25e5c4a
-def classification_scores(
-    predicted: Any, # [B] class numbers, 0 to C − 1: what the model says
-    references: Any, # [B] class numbers: what is true
-    names: Sequence[str], # The C classes
-) -> dict[str, Any]: # n, accuracy, macro_f1 (Intervals), classes: name → precision, recall, f1, n; confusion [C, C]
-    "How often the class is right, and where it goes wrong: the confusion's rows are the true classes."
-    true, guessed = (_class_numbers(name, values, len(names))
-                     for name, values in (("references", references), ("predicted", predicted)))
-    if len(guessed) != len(true): raise DataError(f"{len(guessed)} predicted classes for {len(true)} true: one each")
-    one_hot = np.eye(len(names), dtype=bool)
-    marks, confusion = _marks(one_hot[guessed], one_hot[true]), _confusion(true, guessed, len(names))
-    return {"n": len(true), "accuracy": wilson_interval(int(confusion.trace()), len(true)),
-            "macro_f1": _f1_intervals(marks)[1], "classes": _label_rows(marks.sum(axis=0), names),
-            "confusion": confusion.tolist()}
-
-def _class_numbers(name: str, values: Any, classes: int | None = None) -> np.ndarray:
-    "Class numbers [B], checked: whole, from 0, below the number of classes where that is known."
+# %% ../nbs/07_metrics.ipynb #9f3ef915
+def class_numbers(
+    name: str, # What to call the values in an error
+    values: Any, # [B] whole numbers
+    classes: int | None = None, # How many classes there are, if that is known
+) -> np.ndarray: # The values as int64 [B]
+    "Class numbers, checked: whole, from 0, below the number of classes."
     array = np.asarray(values)
     if array.ndim != 1 or not len(array) or array.dtype.kind not in "iuf":
         raise DataError(f"{name} of shape {array.shape} and type {array.dtype}: give one class number a row")
@@ -354,14 +352,231 @@ def _class_numbers(name: str, values: Any, classes: int | None = None) -> np.nda
         raise DataError(f"{name}[{row}] is {array[row]}: class numbers are whole, from 0{above}")
     return array.astype(int)
 
-# %% ../nbs/07_metrics.ipynb #f046c9d6
+# %% ../nbs/07_metrics.ipynb #065e9f28
+def classification_scores(
+    predicted: Any, # [B] class numbers, 0 to C − 1: what the model says
+    references: Any, # [B] class numbers: what is true
+    names: Sequence[str], # The C classes
+) -> dict[str, Any]: # n, accuracy, macro_f1 (Intervals), classes: name → precision, recall, f1, n; confusion [C, C]
+    "How often the class is right, and where it goes wrong: the confusion's rows are the true classes."
+    true, guessed = (class_numbers(name, values, len(names))
+                     for name, values in (("references", references), ("predicted", predicted)))
+    if len(guessed) != len(true): raise DataError(f"{len(guessed)} predicted classes for {len(true)} true: one each")
+    one_hot = np.eye(len(names), dtype=bool)
+    marks, confusion = _marks(one_hot[guessed], one_hot[true]), _confusion(true, guessed, len(names))
+    return {"n": len(true), "accuracy": wilson_interval(int(confusion.trace()), len(true)),
+            "macro_f1": _f1_intervals(marks)[1], "classes": _label_rows(marks.sum(axis=0), names),
+            "confusion": confusion.tolist()}
+
+# %% ../nbs/07_metrics.ipynb #9a50822b
 def majority_predictor(
     labels: Any, # [B] class numbers of the training rows
 ) -> int: # The class it always predicts; of equally frequent ones the first
     "The class of a predictor that does not look at the text: the most frequent one."
-    return int(np.bincount(_class_numbers("labels", labels)).argmax())
+    return int(np.bincount(class_numbers("labels", labels)).argmax())
 
-# %% ../nbs/07_metrics.ipynb #83036c77
+# %% ../nbs/07_metrics.ipynb #e195e824
+def probability_matrix(
+    name: str, # What to call the values in an error
+    values: Any, # [B, C] probabilities of classes, one of which is true
+    names: Sequence[str], # The C classes
+    rows: int | None = None, # How many rows there must be, if that is known
+) -> np.ndarray: # The values as float64 [B, C]
+    "Probabilities, checked: from 0 to 1, and each row adds up to 1 but for rounding."
+    array = score_matrix(name, values, names, rows)
+    for row, k in np.argwhere((array < -1e-6) | (array > 1 + 1e-6)):
+        raise DataError(f"{name}[{row}, {k}] is {array[row, k]:.4g}: it must be from 0 to 1; "
+                        "logits need the softmax first")
+    for row in np.flatnonzero(abs(array.sum(axis=1) - 1) > 0.01):
+        raise DataError(f"{name}[{row}] adds up to {array[row].sum():.4g}: the classes of a row share out 1")
+    return np.clip(array, 0, 1)
+
+# %% ../nbs/07_metrics.ipynb #43b031b0
+def check_probabilities(
+    probabilities: Any, # [B, C] of each class
+    references: Any, # [B] class numbers: what is true
+    names: Sequence[str], # The C classes
+) -> tuple[np.ndarray, np.ndarray]: # Both, checked: float64 [B, C] and int64 [B]
+    "Probabilities beside the true classes; what does not fit is a `DataError`."
+    said = probability_matrix("probabilities", probabilities, names)
+    true = class_numbers("references", references, len(names))
+    if len(said) != len(true): raise DataError(f"{len(said)} rows of probabilities for {len(true)} classes: one each")
+    return said, true
+
+# %% ../nbs/07_metrics.ipynb #69a2dce0
+def check_confidence(
+    confidence: Any, # [B] from 0 to 1
+    right: Any, # [B] booleans: whether the answer was right
+) -> tuple[np.ndarray, np.ndarray]: # Both, checked: float64 [B] and booleans [B]
+    "Confidences beside whether they were deserved; what does not fit is a `DataError`."
+    sure = _finite("confidence", confidence)
+    if sure.ndim != 1: raise DataError(f"confidence has shape {sure.shape}: give one number a row")
+    for row in np.flatnonzero((sure < 0) | (sure > 1)):
+        raise DataError(f"confidence[{row}] is {sure[row]:.4g}: it must be from 0 to 1")
+    return sure, label_matrix("right", np.reshape(right, (-1, 1)), ["right"], rows=len(sure))[:, 0]
+
+# %% ../nbs/07_metrics.ipynb #605b5a83
+def calibration_bins(
+    confidence: Any, # [B] from 0 to 1
+    right: Any, # [B] booleans: whether the answer was right
+    bins: int = 15, # At most so many
+    equal_mass: bool = False, # Equally many rows a bin, instead of equal width
+) -> list[dict[str, Any]]: # low, high, n, confidence (mean), accuracy (Interval); empty bins are left out
+    "How sure and how right the rows of each bin are."
+    sure, right = check_confidence(confidence, right)
+    numbers, edges = _bin_numbers(sure, bins, equal_mass)
+    return [{"low": float(edges[b]), "high": float(edges[b + 1]), "n": int(n),
+             "confidence": float(sure[numbers == b].mean()),
+             "accuracy": wilson_interval(int(right[numbers == b].sum()), int(n))}
+            for b, n in enumerate(np.bincount(numbers)) if n]
+
+def _bin_numbers(sure: np.ndarray, bins: int, equal_mass: bool) -> tuple[np.ndarray, np.ndarray]:
+    "The bin of each row [B], and the edges of the bins."
+    if bins < 1: raise ParameterError(f"bins = {bins}: give at least 1")
+    edges = np.linspace(0, 1, bins + 1)
+    if equal_mass: edges = np.append(0.0, np.unique(np.quantile(sure, edges[1:], method="inverted_cdf")))
+    return np.digitize(sure, edges[1:-1], right=True), edges
+
+# %% ../nbs/07_metrics.ipynb #8d7285e7
+def expected_calibration_error(
+    confidence: Any, # [B] from 0 to 1
+    right: Any, # [B] booleans: whether the answer was right
+    bins: int = 15, # At most so many
+    equal_mass: bool = False, # Equally many rows a bin, instead of equal width
+) -> float: # From 0 (each bin as right as it is sure) to 1
+    "How far confidence and accuracy lie apart."
+    sure, right = check_confidence(confidence, right)
+    numbers, _ = _bin_numbers(sure, bins, equal_mass)
+    return float(abs(np.bincount(numbers, weights=sure - right)).sum() / len(sure))
+
+# %% ../nbs/07_metrics.ipynb #d7630536
+_BINS = 15 # Of the calibration error, as in Guo and others 2017
+
+def ece_floor(
+    confidence: Any, # [B] from 0 to 1
+    equal_mass: bool = False, # Equally many rows a bin, instead of equal width
+    repeats: int = 1000, # Draws
+    seed: int = 0, # The same seed gives the same interval
+) -> Interval: # Mean ECE of the draws, and the middle 95 % of them
+    "The ECE that chance alone gives a perfectly calibrated model."
+    sure = check_confidence(confidence, np.ones(np.shape(confidence)))[0]
+    numbers, generator = _bin_numbers(sure, _BINS, equal_mass)[0], np.random.default_rng(seed)
+    one_hot, chunk = np.eye(_BINS)[numbers], max(1, _CELLS_AT_ONCE // len(sure))
+    sizes = [min(chunk, repeats - start) for start in range(0, repeats, chunk)]
+    gaps = np.concatenate([(sure - (generator.random((size, len(sure))) < sure)) @ one_hot for size in sizes])
+    errors = abs(gaps).sum(axis=1) / len(sure)
+    low, high = np.percentile(errors, [2.5, 97.5])
+    return Interval(float(errors.mean()), float(low), float(high), len(sure))
+
+# %% ../nbs/07_metrics.ipynb #96d194ee
+def probability_scores(
+    probabilities: Any, # [B, C] of each class; of equal ones the first is the answer
+    references: Any, # [B] class numbers: what is true
+    names: Sequence[str], # The C classes
+    repeats: int = 1000, # Resamples for the intervals
+    seed: int = 0, # The same seed gives the same intervals
+) -> dict[str, Any]: # n; Intervals; classes and confusion as in `classification_scores`
+    "How often the class is right, and whether confidence means what it says."
+    said, true = check_probabilities(probabilities, references, names)
+    sums, (n, C) = _row_sums(said, true), said.shape
+    spread = _figures(np.concatenate([weights @ sums for weights in resample_weights(n, repeats, seed)]), n, C)
+    answers, values = said.argmax(axis=1), _figures(sums.sum(axis=0), n, C)
+    found = {name: _percentiles(values[name], spread[name], n) for name in values}
+    found["accuracy"] = wilson_interval(int((answers == true).sum()), n)
+    for name, equal_mass in (("ece", False), ("ece_equal_mass", True)):
+        found[f"{name}_floor"] = ece_floor(said.max(axis=1), equal_mass, repeats, seed)
+        found[name] = _ece_interval(found[name], found[f"{name}_floor"])
+    return {"n": n, **found, "classes": _label_rows(sums.sum(axis=0)[:3 * C].reshape(3, C), names),
+            "confusion": _confusion(true, answers, C).tolist()}
+
+# %% ../nbs/07_metrics.ipynb #223d76a0
+def _row_sums(said: np.ndarray, true: np.ndarray) -> np.ndarray:
+    "What each row adds to the sums that the figures are made of [B, 3 C + 3 + 2 bins]."
+    sure, answers, one_hot = said.max(axis=1), said.argmax(axis=1), np.eye(said.shape[1], dtype=bool)
+    marks = _marks(one_hot[answers], one_hot[true]).reshape(len(said), -1)
+    brier = ((said - one_hot[true])**2).sum(axis=1)
+    gap = (sure - (answers == true))[:, None]
+    gaps = [gap * np.eye(_BINS)[_bin_numbers(sure, _BINS, equal_mass)[0]] for equal_mass in (False, True)]
+    return np.concatenate([marks, np.stack([sure, brier, log_losses(said, true)], axis=1), *gaps], axis=1)
+
+def _figures(sums: np.ndarray, n: int, C: int) -> dict[str, np.ndarray]:
+    "The figures [...] from sums [..., 3 C + 3 + 2 bins] over n rows."
+    marks, rest, *gaps = np.split(sums, np.cumsum([3 * C, 3, _BINS]), axis=-1)
+    counts = marks.reshape(*marks.shape[:-1], 3, C)
+    right, said, there = np.moveaxis(counts, -2, 0)
+    classes = {"precision": _share(right, said), "recall": _share(right, there), "f1": _f1(counts)}
+    return ({"accuracy": right.sum(axis=-1) / n}
+            | {f"macro_{name}": values.mean(axis=-1) for name, values in classes.items()}
+            | {f"weighted_{name}": (values * there).sum(axis=-1) / n for name, values in classes.items()}
+            | {"mean_confidence": rest[..., 0] / n}
+            | {name: abs(gap).sum(axis=-1) / n for name, gap in zip(("ece", "ece_equal_mass"), gaps)}
+            | {"brier": rest[..., 1] / n, "log_loss": rest[..., 2] / n})
+
+def _percentiles(value: Any, spread: np.ndarray, n: int) -> Interval:
+    "A value with the middle 95 % of its replicates."
+    low, high = np.percentile(spread, [2.5, 97.5])
+    return Interval(float(value), float(low), float(high), n)
+
+def _ece_interval(resampled: Interval, floor: Interval) -> Interval:
+    "Mirrored about the value, and down to 0 where a perfect model may show as much."
+    value, low, high, n = resampled
+    low, high = max(0.0, 2 * value - high), max(value, 2 * value - low)
+    return Interval(value, 0.0 if value <= floor.high else low, high, n)
+
+# %% ../nbs/07_metrics.ipynb #354cc686
+def log_losses(
+    probabilities: np.ndarray, # [B, C]
+    references: np.ndarray, # [B] class numbers
+) -> np.ndarray: # [B] from 0
+    "−log of the true class's probability, row by row; 0 counts as 1e-15."
+    return -np.log(np.maximum(probabilities[np.arange(len(references)), references], 1e-15)) + 0.0
+
+# %% ../nbs/07_metrics.ipynb #6c5675ed
+def majority_probabilities(
+    labels: Any, # [B] class numbers of the training rows
+    classes: int, # How many there are
+) -> np.ndarray: # [C] what it always says; the largest is the majority class
+    "The probabilities of a predictor that does not look at the text: each class's share of the training rows."
+    numbers = class_numbers("labels", labels, classes)
+    return np.bincount(numbers, minlength=classes) / len(numbers)
+
+# %% ../nbs/07_metrics.ipynb #35777828
+def probability_differences(
+    probabilities_a: Any, # [B, C] of the one
+    probabilities_b: Any, # [B, C] of the other, on the same rows
+    references: Any, # [B] class numbers: what is true
+    names: Sequence[str], # The C classes
+    repeats: int = 1000, # Resamples to draw
+    seed: int = 0, # The same seed gives the same intervals
+) -> dict[str, Interval]: # Each figure of `probability_scores`: a − b
+    "Intervals of the differences between two classifiers on the same rows."
+    pairs = [check_probabilities(one, references, names) for one in (probabilities_a, probabilities_b)]
+    rows, (n, C) = np.stack([_row_sums(*pair) for pair in pairs]), pairs[0][0].shape
+    spread = [np.concatenate([weights @ sums for weights in resample_weights(n, repeats, seed)]) for sums in rows]
+    (a, b), (many_a, many_b) = ([_figures(one, n, C) for one in sums] for sums in (rows.sum(axis=1), spread))
+    found = {name: _percentiles(a[name] - b[name], many_a[name] - many_b[name], n) for name in a}
+    return found | {name: _mirrored(found[name]) for name in ("ece", "ece_equal_mass")}
+
+def _mirrored(interval: Interval) -> Interval:
+    "The basic bootstrap's interval from the percentiles."
+    value, low, high, n = interval
+    return Interval(value, 2 * value - high, 2 * value - low, n)
+
+# %% ../nbs/07_metrics.ipynb #cc9cad98
+def mcnemar(
+    right_a: Any, # [B] booleans: where the one is right
+    right_b: Any, # [B] booleans: where the other is, on the same rows
+) -> dict[str, Any]: # only_a, only_b: rows that one alone gets right; p_value, 0 to 1
+    "Whether two classifiers differ in how often they are right."
+    from scipy.stats import binom
+    a, b = (label_matrix(name, np.reshape(values, (-1, 1)), ["right"])[:, 0]
+            for name, values in (("right_a", right_a), ("right_b", right_b)))
+    if len(a) != len(b): raise DataError(f"{len(a)} and {len(b)} answers: both must be of the same rows")
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    p_value = min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
+    return {"only_a": only_a, "only_b": only_b, "p_value": p_value}
+
+# %% ../nbs/07_metrics.ipynb #d7daa7f4
 def rouge_scores(
     predictions: Sequence[str], # [B] generated texts; an empty one counts as 0
     references: Sequence[str], # [B] texts they should be like
@@ -375,7 +590,7 @@ def rouge_scores(
     rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
     return {kind: bootstrap([row[kind].fmeasure for row in rows]) for kind in kinds}
 
-# %% ../nbs/07_metrics.ipynb #09d4ae69
+# %% ../nbs/07_metrics.ipynb #32168b88
 def rouge_like(
     prediction: str, # A generated text
     reference: str, # The text it should be like
@@ -385,7 +600,7 @@ def rouge_like(
     words = said.total() + there.total()
     return 2 * (said & there).total() / words if words else 0.0
 
-# %% ../nbs/07_metrics.ipynb #9cdfcc70
+# %% ../nbs/07_metrics.ipynb #d8b98038
 @dataclass
 class Predictions:
     "What a model and its baselines say about some rows, beside the truth."
@@ -405,7 +620,7 @@ class Predictions:
     def _checked(self, name: str, values: Any) -> np.ndarray:
         return score_matrix(name, values, self.names, rows=len(self.ids))
 
-# %% ../nbs/07_metrics.ipynb #d92fa0e4
+# %% ../nbs/07_metrics.ipynb #41483d1d
 @patch
 def save(
     self: Predictions,
@@ -421,7 +636,7 @@ def _row(self: Predictions, i: int) -> dict[str, Any]:
             "raw": _named(self.raw), "scores": _named(self.scores),
             "baselines": {name: _named(values) for name, values in self.baselines.items()}}
 
-# %% ../nbs/07_metrics.ipynb #ae1ee0f9
+# %% ../nbs/07_metrics.ipynb #8015ebaa
 @patch(cls_method=True)
 def load(
     cls: Predictions,
@@ -451,7 +666,7 @@ def _values(row: tuple[int, dict], keys: Iterable[str], names: list[str]) -> lis
         raise DataError(f"line {row[0]}: '{'.'.join(keys)}' must have the dimensions {', '.join(names)}, got {values}")
     return [values[name] for name in names]
 
-# %% ../nbs/07_metrics.ipynb #ab15aa67
+# %% ../nbs/07_metrics.ipynb #a5fe687f
 def _error_metric(predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
     errors = predictions - references
     return {"mae": float(abs(errors).mean()), "rmse": float(np.mean(errors**2) ** 0.5)}
@@ -468,12 +683,12 @@ def _with_dimensions(compute: Callable, predictions: Any, references: Any, names
         scores |= {f"{key}_{name}": value for key, value in compute(predicted[:, k], true[:, k]).items()}
     return scores
 
-# %% ../nbs/07_metrics.ipynb #f90cc653
+# %% ../nbs/07_metrics.ipynb #c4d34a6a
 def _classification_metric(predictions: Any, references: Any, names: Sequence[str]) -> dict[str, float]:
     occurring, numbers = np.unique([predictions, references], return_inverse=True)
     if not names: predictions, references = numbers.reshape(2, -1)
     one_hot = np.eye(len(names) or len(occurring), dtype=bool)
-    said, there = (_class_numbers(name, values, len(one_hot))
+    said, there = (class_numbers(name, values, len(one_hot))
                    for name, values in (("predictions", predictions), ("references", references)))
     f1 = f1_by_label(one_hot[said], one_hot[there])
     return {"accuracy": float(np.mean(said == there)), "macro_f1": float(f1.mean())} | _named_f1(f1, names)
@@ -486,22 +701,29 @@ def _multilabel_metric(predictions: Any, references: Any, names: Sequence[str]) 
     micro, macro = _micro_macro(counts)
     return {"micro_f1": float(micro), "macro_f1": float(macro)} | _named_f1(_f1(counts), names)
 
+def _calibration_metric(predictions: Any, references: Any, names: Sequence[str]) -> dict[str, float]:
+    known = names or [str(k) for k in range(np.shape(predictions)[-1])]
+    said, true = check_probabilities(predictions, references, known)
+    figures = _figures(_row_sums(said, true).sum(axis=0), *said.shape)
+    return {name: float(figures[name]) for name in ("mean_confidence", "ece", "ece_equal_mass", "brier", "log_loss")}
+
 def _named_f1(f1: np.ndarray, names: Sequence[str]) -> dict[str, float]:
     return {f"f1_{name}": float(value) for name, value in zip(names, f1)}
 
 def _rouge_metric(predictions: list[str], references: list[str], names: Sequence[str]) -> dict[str, float]:
     return {kind: score.value for kind, score in rouge_scores(predictions, references).items()}
 
-# %% ../nbs/07_metrics.ipynb #1c456c9b
+# %% ../nbs/07_metrics.ipynb #f1c6e8a5
 @cache
 def _metric_class(name: str) -> type:
     "Build an `evaluate.Metric` class around a NumPy function."
     import datasets
     import evaluate
     summary, kinds, inputs, compute = _METRICS[name]
-    features = [datasets.Sequence(datasets.Value(kind[:-2])) if kind.endswith("[]") else datasets.Value(kind)
-                for kind in kinds]
-    shapes = [datasets.Features({"predictions": feature, "references": feature}) for feature in features]
+    def _feature(kind: str) -> Any:
+        return datasets.Sequence(datasets.Value(kind[:-2])) if kind.endswith("[]") else datasets.Value(kind)
+    shapes = [datasets.Features(dict(zip(("predictions", "references"), map(_feature, 2 * kind.split()))))
+              for kind in kinds]
 
     class Built(evaluate.Metric):
         __doc__ = summary
@@ -514,7 +736,7 @@ def _metric_class(name: str) -> type:
     Built.__name__ = Built.__qualname__ = name
     return Built
 
-# %% ../nbs/07_metrics.ipynb #069915e3
+# %% ../nbs/07_metrics.ipynb #e1af6cad
 _NUMBERS = "predictions and references: [B] or [B, K] numbers; names: the K dimensions, for scores of each"
 _METRICS: dict[str, tuple[str, tuple[str, ...], str, Callable]] = {
     "RegressionMetric": ("Mean absolute and root mean squared error, over all and per dimension.",
@@ -524,6 +746,9 @@ _METRICS: dict[str, tuple[str, tuple[str, ...], str, Callable]] = {
     "ClassificationMetric": ("Accuracy and macro-F1 of classes.", ("int64",),
                              "predictions and references: [B] class numbers; names: the C classes",
                              _classification_metric),
+    "CalibrationMetric": ("Mean confidence, expected calibration error, Brier score and log loss of classes.",
+                          ("float64[] int64",), "predictions: [B, C] probabilities; references: [B] class numbers",
+                          _calibration_metric),
     "MultilabelMetric": ("Micro- and macro-F1 of label tables.", ("int64[]",),
                          "predictions and references: [B, C] zeros and ones; names: the C labels", _multilabel_metric),
     "RougeMetric": ("ROUGE-1, ROUGE-2 and ROUGE-L of generated texts.", ("string",),

@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CHECKS', 'REPORT_ONLY', 'HEADLINES', 'READ', 'MultitaskParameters', 'parse_weights', 'parse_curriculum',
-           'task_settings', 'TaskData', 'PreparedTasks', 'prepare', 'tokenize', 'make_examples', 'make_model',
-           'open_run', 'make_trainer', 'write_summaries', 'lead', 'TrainedTasks', 'train', 'save_artifacts',
-           'LoadedTasks', 'score_table', 'plot_history', 'plot_confusion', 'plot_labels', 'cross_attention',
-           'plot_attention', 'report_markdown']
+           'task_settings', 'TaskData', 'PreparedTasks', 'prepare', 'make_examples', 'make_model', 'open_run',
+           'make_trainer', 'write_summaries', 'lead', 'TrainedTasks', 'train', 'save_artifacts', 'LoadedTasks',
+           'score_table', 'plot_history', 'plot_labels', 'cross_attention', 'plot_attention', 'report_markdown']
 
 # %% ../nbs/13_multitask.ipynb #0cfa786b
 import warnings
@@ -26,7 +25,7 @@ from fastcore.basics import patch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/13_multitask.ipynb #e77a7958
+# %% ../nbs/13_multitask.ipynb #ae0fe273
 from .calibration import Thresholds, fit_thresholds
 from .collators import BatchPlan, SummarizationCollator
 from .core import (ConfigError, DataError, ParameterError, Parameters, Quarantine, RunFolder, choose_device,
@@ -38,7 +37,7 @@ from .metrics import (classification_scores, majority_labels, majority_predictor
                             rouge_scores)
 from .t5_weights import TransformerConfig, check_tokenizer, end_token
 from .tasks import (Task, TextModel, apply_tuning, build_multitask_model, check_tuning, load_encoder, load_model,
-                          load_tokenizer, save_model)
+                          load_tokenizer, save_model, tokenize_texts)
 from .trainer import Trainer, TrainerConfig
 from .transformer import CrossAttention, GenerationConfig, Transformer
 
@@ -195,24 +194,7 @@ def prepare(
     tasks = {name: _read_task(name, path, quarantine, parameters.seed) for name, path in paths.items()}
     return PreparedTasks(tasks, config["max_length"], config["tokenizer"], quarantine)
 
-# %% ../nbs/13_multitask.ipynb #096895aa
-def tokenize(
-    texts: Sequence[str], # Texts [B]
-    tokenizer: PreTrainedTokenizerBase, # The model's
-    window: int, # Most tokens of a text
-    target: bool = False, # A text to be written: no token before it, the end token after it
-) -> tuple[list[list[int]], int]: # Tokens of each text; how many were cut
-    "Texts to tokens."
-    if not texts: return [], 0
-    if not target:
-        ids = tokenizer(list(texts), truncation=True, max_length=window, verbose=False)["input_ids"]
-        long = [text for text, one in zip(texts, ids) if len(one) >= window] or ["x"]
-        return ids, sum(len(one) > window for one in tokenizer(long, verbose=False)["input_ids"])
-    plain: Any = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-    end: Any = end_token(tokenizer)
-    return [[*one[:window - 1], end] for one in plain], sum(len(one) >= window for one in plain)
-
-# %% ../nbs/13_multitask.ipynb #3fce6df6
+# %% ../nbs/13_multitask.ipynb #44bc969d
 def make_examples(
     name: str, # The task
     rows: Iterable[dict[str, Any]], # With `content` and `labels`
@@ -223,13 +205,13 @@ def make_examples(
     "Turn a task's rows into examples."
     rows = list(rows)
     window = lengths["source" if name == "summaries" else "text"]
-    ids, cut = tokenize([row["content"] for row in rows], tokenizer, window)
+    ids, cut = tokenize_texts([row["content"] for row in rows], tokenizer, window)
     if data.labels is None:
-        labels, more = tokenize([row["labels"] for row in rows], tokenizer, lengths["summary"], target=True)
+        labels, more = tokenize_texts([row["labels"] for row in rows], tokenizer, lengths["summary"], target=True)
     else: labels, more = data.labels.encode([row["labels"] for row in rows]).tolist(), 0
     return [{"task": name, "input_ids": one, "labels": label} for one, label in zip(ids, labels)], cut + more
 
-# %% ../nbs/13_multitask.ipynb #e4772239
+# %% ../nbs/13_multitask.ipynb #93eb056f
 def make_model(
     parameters: MultitaskParameters, # `model`, `d_model`, `layers`, `label_smoothing` are read
     prepared: PreparedTasks, # The tasks
@@ -250,7 +232,7 @@ def make_model(
     if decoder: _copy_words(model)
     return model, tokenizer
 
-# %% ../nbs/13_multitask.ipynb #5b78a6a2
+# %% ../nbs/13_multitask.ipynb #ab5ea148
 def _shape(parameters: MultitaskParameters, tokenizer: PreTrainedTokenizerBase, width: int) -> TransformerConfig:
     "A small shape whose output layer is its embedding."
     pad, end, heads = tokenizer.pad_token_id, end_token(tokenizer), max(1, width // 64)
@@ -282,7 +264,7 @@ def _copy_words(model: TextModel) -> None:
     words, mine = encoder.get_input_embeddings().weight.detach(), head.decoder.embedding.weight
     with torch.no_grad(): mine.copy_(words / words.std() * mine.std())
 
-# %% ../nbs/13_multitask.ipynb #6d217194
+# %% ../nbs/13_multitask.ipynb #39d436d3
 REPORT_ONLY = {"summaries", "emotions", "topics", "data", "out", "restart", "config", "tracker"} # Data count by content
 
 def open_run(
@@ -296,7 +278,7 @@ def open_run(
     name = f"multitask-{fingerprint(identity)[:10]}"
     return RunFolder(parameters.out or project_folder()/"runs"/name, identity).start(parameters.restart)
 
-# %% ../nbs/13_multitask.ipynb #e32f74ff
+# %% ../nbs/13_multitask.ipynb #62e17051
 def make_trainer(
     parameters: MultitaskParameters, # As given
     model: TextModel, # From `make_model`
@@ -318,7 +300,7 @@ def make_trainer(
     train, validation = ([one for parts in examples.values() for one in parts[split]] for split in ("train", "val"))
     return Trainer(model, train, validation, TrainerConfig(**settings), run, pad_id)
 
-# %% ../nbs/13_multitask.ipynb #9cb39238
+# %% ../nbs/13_multitask.ipynb #68d40039
 @torch.no_grad()
 def write_summaries(
     model: TextModel, # With a task "summaries"
@@ -343,7 +325,7 @@ def _batch(ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict
     "Texts of about one length, padded."
     return SummarizationCollator(tokenizer.pad_token_id)([{"input_ids": one, "labels": [0]} for one in ids])
 
-# %% ../nbs/13_multitask.ipynb #971da4ca
+# %% ../nbs/13_multitask.ipynb #02865b0a
 def lead(
     source: str, # A text
     words: int, # How many
@@ -351,7 +333,7 @@ def lead(
     "The floor of any summary: the beginning of the text."
     return " ".join(source.split()[:words])
 
-# %% ../nbs/13_multitask.ipynb #00d650d7
+# %% ../nbs/13_multitask.ipynb #0667eab8
 def _judge_emotions(names: Sequence[str], validation: Any, test: Any, untrained: Any, seen: Any) -> dict[str, Any]:
     "Scores of emotions with thresholds from validation, and their floors."
     (held, labels), (probabilities, references) = validation, test
@@ -382,7 +364,7 @@ def _judge_summaries(rows: Sequence[dict[str, Any]], written: Sequence[str]) -> 
             "rows": [{"id": row["id"], "source": row["content"], "reference": row["labels"], "written": one,
                       "rouge_like": rouge_like(one, row["labels"])} for row, one in zip(rows, written)]}
 
-# %% ../nbs/13_multitask.ipynb #5e26e117
+# %% ../nbs/13_multitask.ipynb #39740702
 @dataclass
 class TrainedTasks:
     "A finished run: its folder, its data, what it learnt and how well."
@@ -408,7 +390,7 @@ def train(
     history = [row for _, row in read_jsonl(run.path/"history.jsonl")]
     return TrainedTasks(parameters, prepared, run, history, read_json(run.path/"evaluation.json"))
 
-# %% ../nbs/13_multitask.ipynb #c7c74c71
+# %% ../nbs/13_multitask.ipynb #6f9260e6
 def _train(parameters: MultitaskParameters, prepared: PreparedTasks, run: RunFolder) -> None:
     "Examples, model, training, judgement, artifacts."
     prepared.quarantine.save(run.path/"quarantine.jsonl")
@@ -430,7 +412,7 @@ def _predictions(trainer: Trainer, examples: dict[str, Any]) -> dict[str, list[n
     return {name: [trainer.predict(parts[split], name) for split in ("val", "test")]
             for name, parts in examples.items() if KINDS[name] != "sequence"}
 
-# %% ../nbs/13_multitask.ipynb #be683d79
+# %% ../nbs/13_multitask.ipynb #4ec5daff
 def _finish(
     parameters: MultitaskParameters, prepared: PreparedTasks, run: RunFolder, model: TextModel,
     tokenizer: PreTrainedTokenizerBase, trainer: Trainer, examples: dict[str, Any], untrained: dict[str, Any],
@@ -464,7 +446,7 @@ def _save_predictions(path: Path, rows: Any, said: np.ndarray, wanted: np.ndarra
     write_jsonl(path, ({"id": row["id"], "labels": label, "probabilities": one}
                        for row, one, label in zip(rows, said.tolist(), wanted.tolist())))
 
-# %% ../nbs/13_multitask.ipynb #fec1f0ae
+# %% ../nbs/13_multitask.ipynb #848f0f97
 def save_artifacts(
     folder: str | Path, # Gets `labels.json`, `hf_tokenizer/` and `model/`
     model: TextModel, # Trained
@@ -480,7 +462,7 @@ def save_artifacts(
     names = {name: list(one.labels.names) for name, one in prepared.tasks.items() if one.labels}
     write_json(folder/"labels.json", names)
 
-# %% ../nbs/13_multitask.ipynb #46b65463
+# %% ../nbs/13_multitask.ipynb #405cf79d
 class LoadedTasks:
     "A trained model, ready for texts."
     def __init__(
@@ -501,13 +483,13 @@ class LoadedTasks:
     ) -> list[list[int]]: # Tokens of each text
         "Clean texts and turn them into tokens; says how many are longer than the window."
         window = self.config["lengths"][kind]
-        ids, cut = tokenize(self.clean(list(texts)), self.tokenizer, window)
+        ids, cut = tokenize_texts(self.clean(list(texts)), self.tokenizer, window)
         if cut:
             said = f"{cut} of {len(ids)} texts are longer than {window} tokens: the rest is not read"
             warnings.warn(said, stacklevel=3)
         return ids
 
-# %% ../nbs/13_multitask.ipynb #3dcc4fa5
+# %% ../nbs/13_multitask.ipynb #572c73dc
 @patch
 @torch.no_grad()
 def probabilities(
@@ -528,7 +510,7 @@ def probabilities(
         found[list(numbers)] = head.predict(outputs).numpy()
     return found
 
-# %% ../nbs/13_multitask.ipynb #dfc799d6
+# %% ../nbs/13_multitask.ipynb #78a4d2ca
 @patch
 def topics(
     self: LoadedTasks,
@@ -558,7 +540,7 @@ def summaries(
     length = self.config["lengths"]["summary"]
     return write_summaries(self.model, self.tokenizer, self.read(texts, "source"), length, num_beams)
 
-# %% ../nbs/13_multitask.ipynb #daba897d
+# %% ../nbs/13_multitask.ipynb #b9c73c62
 @patch
 def score(
     self: LoadedTasks,
@@ -572,7 +554,7 @@ def score(
     if task == "topics": return classification_scores(found.argmax(-1), references, names)
     return multilabel_scores(Thresholds.from_dict(self.config["thresholds"]).apply(found), references, names)
 
-# %% ../nbs/13_multitask.ipynb #3d848fce
+# %% ../nbs/13_multitask.ipynb #2268b0e1
 HEADLINES = {"summaries": "rougeL", "emotions": "macro_f1", "topics": "accuracy"} # Task → its leading score
 
 def score_table(
@@ -591,7 +573,7 @@ def _is_estimate(name: str, value: Any) -> bool:
     "Whether a score is one number with its interval."
     return isinstance(value, list | tuple) and len(value) == 4 and name not in ("confusion", "classes")
 
-# %% ../nbs/13_multitask.ipynb #009d80fb
+# %% ../nbs/13_multitask.ipynb #14b2193d
 def plot_history(
     history: Sequence[dict[str, Any]], # One row an epoch
     tasks: Sequence[str], # Names of the tasks
@@ -608,24 +590,7 @@ def plot_history(
     axes[0][0].legend()
     return figure
 
-# %% ../nbs/13_multitask.ipynb #1cc52281
-def plot_confusion(
-    scores: dict[str, Any], # Of `classification_scores`
-) -> Any: # A matplotlib figure
-    "How often each topic is taken for which, as a share of its rows."
-    import matplotlib.pyplot as plt
-    names, counts = list(scores["classes"]), np.array(scores["confusion"], dtype=float)
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    figure, ax = plt.subplots(figsize=(1.6 + 0.5 * len(names), 1.2 + 0.5 * len(names)), layout="constrained")
-    ax.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for row, column in np.ndindex(shares.shape):
-        color = "white" if shares[row, column] > 0.5 else "black"
-        ax.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=color)
-    ax.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names, xlabel="said", ylabel="true")
-    ax.set_xticklabels(names, rotation=45, ha="right")
-    return figure
-
-# %% ../nbs/13_multitask.ipynb #59f437c0
+# %% ../nbs/13_multitask.ipynb #569deab1
 def plot_labels(
     scores: dict[str, Any], # Of `multilabel_scores`
 ) -> Any: # A matplotlib figure
@@ -637,7 +602,7 @@ def plot_labels(
     ax.set(xlabel="F1 on test rows (in brackets: rows with the label)", xlim=(0, 1))
     return figure
 
-# %% ../nbs/13_multitask.ipynb #6c816d27
+# %% ../nbs/13_multitask.ipynb #9e62ead9
 READ = ("input_ids", "attention_mask", "decoder_input_ids") # What the model takes of a batch
 
 def cross_attention(
@@ -647,8 +612,8 @@ def cross_attention(
 ) -> tuple[np.ndarray, list[str], list[str]]: # Weights [T, S], averaged over layers and heads; tokens of both texts
     "What the decoder looks at as it writes a summary."
     model, tokenizer, lengths = loaded.model, loaded.tokenizer, loaded.config["lengths"]
-    (ids,), _ = tokenize([source], tokenizer, lengths["source"])
-    (labels,), _ = tokenize([summary], tokenizer, lengths["summary"], target=True)
+    (ids,), _ = tokenize_texts([source], tokenizer, lengths["source"])
+    (labels,), _ = tokenize_texts([summary], tokenizer, lengths["summary"], target=True)
     batch = SummarizationCollator(tokenizer.pad_token_id)([{"input_ids": ids, "labels": labels}])
     layers: list[Any] = [one for one in model.modules() if isinstance(one, CrossAttention)]
     for one in layers: one.captured = []
@@ -658,7 +623,7 @@ def cross_attention(
     read, written = ([str(token) for token in tokenizer.convert_ids_to_tokens(one)] for one in (ids, labels))
     return maps.mean((0, 1, 2)).numpy(), read, written
 
-# %% ../nbs/13_multitask.ipynb #c77903a9
+# %% ../nbs/13_multitask.ipynb #5d8462d3
 def plot_attention(
     weights: np.ndarray, # [T, S]
     source: Sequence[str], # Tokens [S]
@@ -674,7 +639,7 @@ def plot_attention(
     ax.set_yticklabels(written, fontsize=7)
     return figure
 
-# %% ../nbs/13_multitask.ipynb #3c43a720
+# %% ../nbs/13_multitask.ipynb #0ff67e53
 def report_markdown(
     trained: TrainedTasks, # A finished run
 ) -> str: # Markdown

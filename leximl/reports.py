@@ -8,7 +8,8 @@ __all__ = ['RESOLUTION', 'VerdictRules', 'dimension_count', 'Rule', 'make_rule',
            'ComparedScores', 'DimensionAgreement', 'PairAgreement', 'Agreement', 'Coverage', 'TierRecall', 'TierScores',
            'Evaluation', 'evaluate_run', 'plot_overall', 'plot_dimensions', 'plot_training', 'plot_predictions',
            'Table', 'rules_table', 'report_tables', 'conclusions', 'evaluation_markdown', 'training_summary',
-           'save_plots', 'write_training_report']
+           'save_plots', 'write_training_report', 'plot_reliability', 'plot_risk_coverage', 'plot_confidence',
+           'plot_confusion', 'comparison_table', 'ClassifierComparison', 'compare_classifiers']
 
 # %% ../nbs/09_reports.ipynb #2c9be817
 import math
@@ -24,11 +25,12 @@ import numpy as np
 from fastcore.basics import patch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-# %% ../nbs/09_reports.ipynb #2d7c44ca
-from .calibration import Calibration, ConformalIntervals
+# %% ../nbs/09_reports.ipynb #1c64e92d
+from .calibration import Calibration, ConformalIntervals, risk_coverage
 from .core import ConfigError, DataError, atomic_path, nearest, write_text
-from .metrics import (Interval, Predictions, bootstrap, constant_predictor, dimension_scores, paired_difference,
-                            regression_scores, unpaired_difference)
+from .metrics import (Interval, Predictions, bootstrap, calibration_bins, check_probabilities, constant_predictor,
+                            dimension_scores, expected_calibration_error, mcnemar, paired_difference,
+                            probability_differences, regression_scores, unpaired_difference)
 
 # %% ../nbs/09_reports.ipynb #93e15b89
 class _Record(BaseModel):
@@ -899,3 +901,196 @@ def write_training_report(
     for sentence in (first, *rest): document.add_paragraph(sentence, style="List Bullet")
     document.add_paragraph(f"{evaluation.verdict.resolution} {_READING}")
     with atomic_path(path) as temporary: document.save(str(temporary))
+
+# %% ../nbs/09_reports.ipynb #f51f5509
+_SERIES = (_GREY, _BLUE, _ORANGE, _GREEN, _RED)
+
+def _judged(models: Mapping[str, Any], references: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    "For each model how sure it is of its answers and whether they are right."
+    if not 1 <= len(models) <= len(_SERIES): raise DataError(f"{len(models)} models to draw: give 1 to {len(_SERIES)}")
+    found = {}
+    for name, values in models.items():
+        said, true = check_probabilities(values, references, [str(k) for k in range(np.shape(values)[-1])])
+        found[name] = said.max(axis=1), said.argmax(axis=1) == true
+    return found
+
+# %% ../nbs/09_reports.ipynb #ef41d2ed
+@_styled
+def plot_reliability(
+    models: Mapping[str, Any], # Name → probabilities [B, C], such as before and after calibration; up to five
+    references: Any, # [B] class numbers: what is true
+) -> Any: # A matplotlib figure
+    "How often answers of each confidence are right, and how many such answers there are."
+    judged = _judged(models, references)
+    figure = _figure(6.4, 6.2)
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot([0, 1], [0, 1], color=_INK, linewidth=1, linestyle=_DASHES, label="as right as sure")
+    for place, (colour, (name, (sure, right))) in enumerate(zip(_SERIES, judged.items())):
+        bins = calibration_bins(sure, right)
+        _reliability(upper, bins, colour, f"{name}, ECE {expected_calibration_error(sure, right):.3f}")
+        width = 1 / 15 / (len(judged) + 0.5)
+        lower.bar([one["low"] + (place + 0.25) * width for one in bins], [one["n"] for one in bins], width,
+                  color=colour, align="edge")
+    upper.set(title="How often are answers right?", ylabel="share of right answers", xlim=(0, 1.02),
+              ylim=(-0.02, 1.02))
+    lower.set(xlabel="confidence", ylabel="answers")
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+def _reliability(axes: Any, bins: Sequence[Mapping[str, Any]], colour: str, label: str) -> None:
+    "One model's bins: the more rows, the larger the dot; whiskers are 95 % intervals."
+    centre, share, low, high = np.array([(one["confidence"], *one["accuracy"][:3]) for one in bins]).T
+    counts = np.array([one["n"] for one in bins])
+    axes.errorbar(centre, share, yerr=(share - low, high - share), fmt="-", color=colour, linewidth=1.2, elinewidth=2.5,
+                  ecolor=(colour, 0.3), label=label)
+    axes.scatter(centre, share, s=8 + 80 * counts / counts.max(), color=colour, linewidths=0, zorder=3)
+
+# %% ../nbs/09_reports.ipynb #c1ff0f84
+@_styled
+def plot_risk_coverage(
+    models: Mapping[str, Any], # Name → probabilities [B, C]; up to five
+    references: Any, # [B] class numbers: what is true
+) -> Any: # A matplotlib figure
+    "The share of errors if only the surest answers are given."
+    figure = _figure(6.4, 4.2)
+    axes = figure.subplots()
+    for colour, (name, (sure, right)) in zip(_SERIES, _judged(models, references).items()):
+        curve = risk_coverage(sure, right)
+        enough = curve["coverage"] * len(sure) >= min(_FEW_ANSWERS, len(sure))
+        axes.plot(curve["coverage"][enough], curve["risk"][enough], color=colour, linewidth=2,
+                  label=f"{name}, area {curve['area'].value:.3f} (unsorted {curve['random']:.3f})")
+        axes.axhline(curve["random"], color=colour, linewidth=1, linestyle=":", zorder=1)
+    axes.set(title="Errors among the surest answers", xlabel="share of rows answered, the surest first",
+             ylabel="share of errors among them", xlim=(0, 1), ylim=(0, None))
+    figure.legend(loc="outside lower center", ncols=1)
+    return figure
+
+_FEW_ANSWERS = 20 # Below so many a share of errors jumps about
+
+# %% ../nbs/09_reports.ipynb #684c850e
+@_styled
+def plot_confidence(
+    models: Mapping[str, Any], # Name → probabilities [B, C], such as before and after training; up to five
+    references: Any, # [B] class numbers: what is true
+) -> Any: # A matplotlib figure
+    "How sure each model is, of right and of wrong answers."
+    judged = _judged(models, references)
+    figure = _figure(6.8, 0.8 + 1.7 * len(judged))
+    panels = figure.subplots(len(judged), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, (sure, right)) in zip(panels, judged.items()):
+        axes.hist([sure[right], sure[~right]], bins=np.linspace(0, 1, 31), stacked=True, color=(_BLUE, _RED), alpha=0.8,
+                  label=("right answers", "wrong answers"))
+        axes.axvline(sure.mean(), color=_INK, linewidth=1.6, label="mean confidence")
+        axes.axvline(right.mean(), color=_INK, linewidth=1.6, linestyle=":", label="share of right answers")
+        axes.set(title=f"{name}: sure {sure.mean():.2f}, right {right.mean():.2f}", ylabel="answers", xlim=(0, 1))
+    panels[-1].set(xlabel="confidence")
+    figure.legend(*panels[-1].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+# %% ../nbs/09_reports.ipynb #e3c280ad
+@_styled
+def plot_confusion(
+    scores: Mapping[str, Any], # Of `classification_scores` or `probability_scores`
+    title: str = "", # Such as the model's name
+) -> Any: # A matplotlib figure
+    "How often each class is taken for which: counts, shaded by the share of the true class."
+    names, counts = list(scores["classes"]), np.array(scores["confusion"], dtype=float)
+    shares, cell = counts / counts.sum(axis=1, keepdims=True).clip(1), 0.55 if len(names) <= 10 else 0.42
+    figure = _figure(2.2 + cell * len(names), 1.6 + cell * len(names))
+    axes = figure.subplots()
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for row, column in np.argwhere(counts > 0):
+        colour = "white" if shares[row, column] > 0.5 else _INK
+        axes.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    axes.set(title=title, xticks=range(len(names)), yticks=range(len(names)), yticklabels=names,
+             xlabel="said", ylabel="true")
+    axes.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
+    axes.grid(False)
+    return figure
+
+# %% ../nbs/09_reports.ipynb #172153e2
+_FIGURES = {"accuracy": "accuracy", "macro_precision": "precision, macro", "macro_recall": "recall, macro",
+            "macro_f1": "F1, macro", "weighted_precision": "precision, weighted", "weighted_recall": "recall, weighted",
+            "weighted_f1": "F1, weighted", "mean_confidence": "mean confidence", "ece": "ECE",
+            "ece_floor": "ECE by chance alone", "ece_equal_mass": "ECE, equal mass", "brier": "Brier score",
+            "log_loss": "log loss"} # Figure → how a table calls it
+
+def comparison_table(
+    models: Mapping[str, Mapping[str, Any]], # Name → `probability_scores`, also as read from JSON
+    floors: Sequence[str] = (), # Those of them that know nothing, or little: they stand first
+) -> Table: # A column a model, a row a figure
+    "Classifiers side by side, each figure with its interval."
+    for name in floors:
+        if name not in models:
+            raise DataError(f"no scores of '{name}'.{nearest(name, models)} Known: {', '.join(models)}")
+    order = [*floors, *(name for name in models if name not in floors)]
+    rows = [[label, *(_to_three(models[name][key]) for name in order)] for key, label in _FIGURES.items()]
+    return Table(["", *order], [*rows, ["rows", *(f"{models[name]['n']:,}" for name in order)]])
+
+def _to_three(interval: Sequence[float]) -> str:
+    "An interval to three digits."
+    value, low, high = (f"{x:z.3f}" for x in interval[:3])
+    return f"{value} [{low}, {high}]"
+
+# %% ../nbs/09_reports.ipynb #d3ab4d09
+class ClassifierComparison(_Record):
+    "Whether one classifier is better than another on the same rows, and what shows it."
+    model: str # The one that is judged
+    baseline: str # What it is compared with
+    n: int # Rows
+    differences: dict[str, Interval] # accuracy, macro_f1, brier, ece, …: model − baseline, paired
+    only_model: int # Rows that the model alone gets right
+    only_baseline: int # Rows that the baseline alone gets right
+    p_value: float # McNemar's exact test
+    decision: Literal["improvement detected", "no improvement detected", "worse"] # What follows
+    evidence: list[str] # Why, in sentences; the one that decided first
+
+_FEW_ROWS = 20 # Fewer leave no interval worth the name
+_SENSE = {"accuracy": 1, "macro_f1": 1, "brier": -1, "ece": -1} # Whether more is better; the first to move decides
+
+# %% ../nbs/09_reports.ipynb #b04c7d56
+def compare_classifiers(
+    probabilities: Any, # [B, C] of the model
+    baseline: Any, # [B, C] of what it is compared with
+    references: Any, # [B] class numbers: what is true
+    names: Sequence[str], # The C classes
+    titles: tuple[str, str] = ("the trained model", "the untrained one"), # How the evidence calls them
+) -> ClassifierComparison: # The decision with its evidence
+    "Decide whether a classifier is better than another on the same rows."
+    differences = probability_differences(probabilities, baseline, references, names)
+    right = [np.argmax(one, axis=1) == np.asarray(references) for one in (probabilities, baseline)]
+    apart, n = mcnemar(*right), len(right[0])
+    moved = {name: _moved(differences[name], sense) for name, sense in _SENSE.items()}
+    if apart["p_value"] >= 0.05: moved["accuracy"] = 0
+    if n < _FEW_ROWS: moved = dict.fromkeys(moved, 0)
+    decision, deciding = _decision(moved)
+    evidence = {name: _evidence(name, differences[name], moved[name], apart, n, titles) for name in _SENSE}
+    few = [f"{n} rows are too few to tell: at least {_FEW_ROWS} are needed."] if n < _FEW_ROWS else []
+    return ClassifierComparison(
+        model=titles[0], baseline=titles[1], n=n, differences=differences, only_model=apart["only_a"],
+        only_baseline=apart["only_b"], p_value=apart["p_value"], decision=decision,  # type: ignore[arg-type]
+        evidence=[*few, *sorted(evidence.values(), key=lambda one: one != evidence.get(deciding))])
+
+# %% ../nbs/09_reports.ipynb #a79a6866
+def _moved(difference: Interval, sense: int) -> int:
+    "1 where the whole interval is better, −1 where it is worse, else 0."
+    return sense * (int(difference.low > 0) - int(difference.high < 0))
+
+def _decision(moved: Mapping[str, int]) -> tuple[str, str]:
+    "What follows from the figures that moved, and which one decided."
+    answers = [moved["accuracy"], moved["macro_f1"]]
+    if min(answers) < 0 < max(answers): return "no improvement detected", ""
+    for name, way in moved.items():
+        if way: return ("improvement detected" if way > 0 else "worse"), name
+    return "no improvement detected", ""
+
+def _evidence(name: str, difference: Interval, moved: int, apart: Mapping[str, Any], n: int,
+              titles: tuple[str, str]) -> str:
+    "A figure's difference in words."
+    what = {1: "better", 0: "not clearly different", -1: "worse"}[moved]
+    value, low, high = (f"{x:+z.3f}" for x in difference[:3])
+    text = f"{_FIGURES[name][0].upper()}{_FIGURES[name][1:]} is {what}: {value} [{low}, {high}]"
+    if name != "accuracy": return f"{text}."
+    p_value = "p < 0.001" if apart["p_value"] < 0.001 else f"p = {apart['p_value']:.3f}"
+    return (f"{text}; of {n:,} rows {titles[0]} alone is right on {apart['only_a']:,}, {titles[1]} alone on "
+            f"{apart['only_b']:,} (McNemar's test, {p_value}).")
