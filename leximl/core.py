@@ -159,7 +159,7 @@ def read_yaml(
     if not isinstance(value, dict): raise ConfigError(f"{path} holds {type(value).__name__}, not names with values")
     return value
 
-# %% ../nbs/00_core.ipynb #b307d552
+# %% ../nbs/00_core.ipynb #73806838
 class Quarantine:
     "Rows set aside, each with its file, line and reason."
     def __init__(self) -> None:
@@ -176,7 +176,8 @@ def add(
 ) -> None:
     "Set one row aside; of a long row only the beginning is kept."
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
-    self.rows.append({"file": Path(file).name, "line": line, "reason": reason, "row": text[:500]})
+    whole = text.encode("utf-8", "replace").decode() # half characters fit in no file
+    self.rows.append({"file": Path(file).name, "line": line, "reason": reason, "row": whole[:500]})
 
 # %% ../nbs/00_core.ipynb #94063f7c
 @patch
