@@ -6,17 +6,19 @@
 __all__ = ['BATCH', 'BenchmarkParameters', 'take_turns', 'naive_scores', 'circumstances', 'compare_scoring', 'make_stand_in',
            'random_articles', 'resident_megabytes', 'watch_memory', 'make_peers', 'random_batch', 'peak_gflops',
            'step_gigaflops', 'compare_steps', 'compare_generation', 'compare_memory', 'summary_examples',
-           'compare_epoch', 'compare_int8']
+           'compare_epoch', 'compare_classifier_training', 'make_quick_classifier', 'compare_classifying',
+           'compare_int8']
 
-# %% ../nbs/21_benchmarks.ipynb #1b1e6be4
+# %% ../nbs/21_benchmarks.ipynb #b34af9ea
 import copy
+import io
 import os
 import platform
 import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,19 +33,26 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase, T5Confi
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/21_benchmarks.ipynb #987b6a42
+# %% ../nbs/21_benchmarks.ipynb #434cef77
 from .calibration import fit_calibration, fit_intervals
+from .classifiers import (ClassifierParameters, LoadedClassifier, PreparedTexts, Pupil, class_probabilities,
+                                load_classifier, make_pupil)
+from .classifiers import deploy as deploy_classifier
+from .classifiers import judge as judge_classifier
+from .classifiers import make_trainer as make_classifier_trainer
+from .classifiers import prepare as prepare_texts
+from .classifiers import train as train_classifier
 from .collators import BatchPlan, SummarizationCollator, padding_share
-from .core import ConfigError, ParameterError, Parameters, seed_everything, write_json, write_text
+from .core import ConfigError, ParameterError, Parameters, RunFolder, seed_everything, write_json, write_text
 from .data import article_text, check_summary
 from .distillation import LoadedFilter, load_filter
-from .metrics import rouge_scores
+from .metrics import rouge_scores, wilson_interval
 from .multitask import LoadedTasks, write_summaries
 from .t5_weights import TransformerConfig
-from .tasks import Task, build_model, load_tokenizer, save_model
+from .tasks import Task, TextModel, build_model, load_tokenizer, minilm_folder, save_model
 from .transformer import Linear, Transformer, kept_megabytes
 
-# %% ../nbs/21_benchmarks.ipynb #aa62e05a
+# %% ../nbs/21_benchmarks.ipynb #abc421a8
 class BenchmarkParameters(Parameters):
     "Parameters of `benchmark.ipynb`: on which filter, articles and models to measure, and how often."
     folder: str = Field("", description="Deployed filter; empty takes filters/uplifting/v1, trained if need be")
@@ -55,6 +64,7 @@ class BenchmarkParameters(Parameters):
     training: bool = Field(False, description="Compare training steps and an epoch of articles too; takes minutes")
     compiled: bool = Field(False, description="Compare compiled training steps too; takes minutes")
     epoch_articles: int = Field(24, ge=8, description="Articles in the epoch of training")
+    texts: str = Field("demo", description="Labelled texts on which a classifier is trained and asked: a dataset")
     writer: str = Field("", description="Artifacts of a run that learnt summaries; empty skips the cost of int8")
     writer_data: str = Field("", description="JSON Lines of source and summary; empty takes the samples that ship")
 
@@ -383,7 +393,98 @@ def compare_epoch(
                     "padding": padding[name]} for name, found in seconds.items()}
     return {"table": table, "ratios": _ratios("epoch of articles", seconds)} | circumstances()
 
-# %% ../nbs/21_benchmarks.ipynb #c446e40d
+# %% ../nbs/21_benchmarks.ipynb #58093e87
+class _Peer(nn.Module):
+    "A text model as transformers' `Trainer` wants it."
+    def __init__(self, model: TextModel) -> None:
+        super().__init__()
+        self.model = model
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        "Loss and scores of a batch."
+        logits = self.model(input_ids, attention_mask)["label"]
+        return {"loss": functional.cross_entropy(logits.float(), labels), "logits": logits}
+
+def _peer_trainer(pupil: Pupil, parameters: ClassifierParameters, folder: str) -> Any:
+    "Transformers' `Trainer` with the settings of the recipe."
+    from transformers import DataCollatorWithPadding, TrainingArguments
+    from transformers import Trainer as Peers
+    asked = parameters
+    options = TrainingArguments(
+        output_dir=folder, num_train_epochs=asked.epochs, learning_rate=asked.learning_rate, seed=asked.seed,
+        per_device_train_batch_size=asked.batch_size, per_device_eval_batch_size=64, weight_decay=asked.weight_decay,
+        warmup_steps=asked.warmup, lr_scheduler_type="cosine", eval_strategy="epoch", save_strategy="epoch",
+        save_total_limit=2, load_best_model_at_end=True, report_to=[], disable_tqdm=True, use_cpu=True,
+        logging_strategy="no", bf16=asked.precision == "bf16")
+    return Peers(_Peer(pupil.model), options, DataCollatorWithPadding(pupil.tokenizer), pupil.examples["train"],
+                 pupil.examples["val"])
+
+# %% ../nbs/21_benchmarks.ipynb #a2845f60
+def compare_classifier_training(
+    parameters: ClassifierParameters, # Dataset, encoder, epochs
+    rounds: int = 1, # Rounds, in which both ways take turns
+) -> dict[str, Any]: # `table`: way → seconds, texts per second, accuracy on the test rows; `ratios`; circumstances
+    "Fine-tune an encoder here, and by transformers' `Trainer`."
+    parameters = parameters.settled()
+    prepared = prepare_texts(parameters)
+    references = prepared.labels.encode(prepared.splits["test"]["labels"])
+    models: dict[str, Any] = {}
+    ways = {"transformers": partial(_train_peer, parameters, prepared, models),
+            "leximl": partial(_train_own, parameters, prepared, models)}
+    seconds = take_turns(ways, rounds, warm_up=False)
+    rows = parameters.epochs * prepared.splits["train"].num_rows
+    right = {name: class_probabilities(*told).argmax(1) == references for name, told in models.items()}
+    table = {name: {"seconds": found, "texts per second": rows / found, "test accuracy": wilson_interval(
+        int(right[name].sum()), len(references))} for name, found in seconds.items()}
+    return {"table": table, "ratios": _ratios("training a classifier", seconds)} | circumstances()
+
+def _train_peer(parameters: ClassifierParameters, prepared: PreparedTexts, models: dict[str, Any]) -> None:
+    pupil = make_pupil(parameters, prepared)
+    with tempfile.TemporaryDirectory() as folder: _peer_trainer(pupil, parameters, folder).train()
+    models["transformers"] = _told(pupil)
+
+def _train_own(parameters: ClassifierParameters, prepared: PreparedTexts, models: dict[str, Any]) -> None:
+    pupil = make_pupil(parameters, prepared)
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        run = RunFolder(folder, {}).start()
+        make_classifier_trainer(parameters, pupil, run).fit()
+        run.close()
+    models["leximl"] = _told(pupil)
+
+def _told(pupil: Pupil) -> tuple[TextModel, list[list[int]], int]:
+    "What `class_probabilities` needs to hear the model on its test rows."
+    pad_id: Any = pupil.tokenizer.pad_token_id
+    return pupil.model, [one["input_ids"] for one in pupil.examples["test"]], pad_id
+
+# %% ../nbs/21_benchmarks.ipynb #495a42e5
+def make_quick_classifier(
+    folder: str | Path, # Gets the run
+) -> LoadedClassifier: # Built on MiniLM; it knows little, and its speed is the point
+    "A classifier of one short epoch on reviews that ship."
+    parameters = ClassifierParameters(test_run=True, out=str(folder))
+    with redirect_stdout(io.StringIO()): trained = train_classifier(parameters, prepare_texts(parameters))
+    return load_classifier(deploy_classifier(trained, judge_classifier(trained.run.path)))
+
+# %% ../nbs/21_benchmarks.ipynb #84c38401
+def compare_classifying(
+    loaded: LoadedClassifier, # Built on MiniLM
+    texts: Sequence[str], # Texts
+    rounds: int = 1, # Rounds, in which all ways take turns
+    sizes: Sequence[int] = (8, 32, 128), # Batch sizes of the pipeline, of which the best counts
+) -> dict[str, Any]: # `table`: way → seconds, texts per second; `ratios`; circumstances
+    "Texts per second here, and by transformers' pipeline."
+    from transformers import AutoModelForSequenceClassification, pipeline
+    peer = AutoModelForSequenceClassification.from_pretrained(minilm_folder(), num_labels=len(loaded.names))
+    options: Any = {"tokenizer": loaded.tokenizer, "truncation": True, "max_length": loaded.config["max_length"]}
+    pipes = {size: pipeline("text-classification", model=peer.eval(), batch_size=size, device="cpu", **options)
+             for size in sizes}
+    ways: dict[str, Any] = {f"transformers, {size} at once": partial(pipe, list(texts)) for size, pipe in pipes.items()}
+    seconds = take_turns(ways | {"leximl": partial(loaded.predict, list(texts))}, rounds)
+    best = {"transformers": min(value for name, value in seconds.items() if name != "leximl")}
+    table = {name: {"seconds": found, "texts per second": len(texts) / found} for name, found in seconds.items()}
+    best["leximl"] = seconds["leximl"]
+    return {"table": table, "ratios": _ratios("classifying texts", best)} | circumstances()
+
+# %% ../nbs/21_benchmarks.ipynb #13b6b037
 def compare_int8(
     folder: str | Path, # `artifacts/` of a multi-task run that learnt summaries
     records: Sequence[dict[str, Any]], # Each with `source` and `summary`

@@ -187,6 +187,21 @@ def _() -> str:
     return f"{len(named)} pages"
 
 
+@check("the image: what it copies is let through, and docker.md runs every run notebook")
+def _() -> str:
+    lines = (ROOT / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    allowed = re.findall(r"^!(.+)$", (ROOT / ".dockerignore").read_text(), re.M)
+    missing = [name for name in copied if name not in allowed or not (ROOT / name).exists()]
+    assert not missing, f"copied by the Dockerfile, but not there or kept out by .dockerignore: {missing}"
+    page = (ROOT / "docker.md").read_text()
+    unsaid = [path.name for path in RUNS if f"/nbs/{path.name}" not in page]
+    assert not unsaid, f"docker.md does not run {unsaid}"
+    for line in (line for line in lines if line.startswith("RUN ")):
+        succeed(execute("sh", "-n", "-c", line.removeprefix("RUN ")))
+    return f"{len(copied)} files and folders, {len(RUNS)} notebooks"
+
+
 for name, command in {"lint": ("ruff", "check", "--output-format=concise"), "types": ("mypy",)}.items():
     if tool(command[0]).exists(): check(name)(partial(succeeds, tool(command[0]), *command[1:]))
 
