@@ -24,7 +24,7 @@ from fastcore.basics import patch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/14_classifiers.ipynb #2fdb4bbe
+# %% ../nbs/14_classifiers.ipynb #72cda66a
 from .calibration import (ConformalSets, PrecisionThreshold, ProbabilityCalibration, fit_conformal_sets,
                                 fit_probability_calibration, precision_threshold, rows_needed)
 from .classes import read_classes, stratified_subset
@@ -34,9 +34,9 @@ from .core import (DataError, Parameters, Quarantine, RunFolder, choose_device, 
 from .data import SPLITS, Labels, TextPreprocessor, fit_labels, save_splits
 from .metrics import majority_probabilities, probability_scores, wilson_interval
 from .reports import ClassifierComparison, compare_classifiers, comparison_table
-from .tasks import (Task, TextModel, apply_tuning, build_model, check_tuning, load_encoder, load_model,
+from .tasks import (Task, TextModel, build_model, load_encoder, load_model,
                           load_tokenizer, save_model, tokenize_texts)
-from .trainer import Trainer, TrainerConfig
+from .trainer import Trainer, recipe_trainer
 
 # %% ../nbs/14_classifiers.ipynb #88a9cc0e
 class ClassifierParameters(Parameters):
@@ -202,20 +202,14 @@ def class_probabilities(
         found[numbers] = head.predict(given["label"]).cpu().numpy()
     return found
 
-# %% ../nbs/14_classifiers.ipynb #8f30ec0c
+# %% ../nbs/14_classifiers.ipynb #ff8259b1
 def make_trainer(
     parameters: ClassifierParameters, # Settled
     pupil: Pupil, # Model and examples
     run: RunFolder, # Gets checkpoints and history
 ) -> Trainer: # Ready to fit
     "The one trainer, with this run's settings; exactly the parameters of the tuning mode learn."
-    names = [name for name in TrainerConfig.__dataclass_fields__ if hasattr(parameters, name)]
-    config = TrainerConfig(**{name: getattr(parameters, name) for name in names})
-    counts = check_tuning(apply_tuning(pupil.model, parameters.tuning), parameters.tuning)
-    run.update_manifest(parameters_learning=counts, device=choose_device(parameters.device), seed=parameters.seed)
-    print(f"{counts['trainable']:,} of {counts['total']:,} parameters learn (tuning {parameters.tuning})", flush=True)
-    pad_id: Any = pupil.tokenizer.pad_token_id
-    return Trainer(pupil.model, pupil.examples["train"], pupil.examples["val"], config, run, pad_id)
+    return recipe_trainer(parameters, pupil.model, pupil.examples, run, pupil.tokenizer.pad_token_id)
 
 # %% ../nbs/14_classifiers.ipynb #515a645e
 def word_counts(
@@ -269,25 +263,28 @@ def load(
         raise DataError(f"{Path(path).name} holds no predictions of a classifier ({type(error).__name__}: {error}): "
                         "give one that a run wrote") from None
 
-# %% ../nbs/14_classifiers.ipynb #192eb4be
+# %% ../nbs/14_classifiers.ipynb #22857a2a
 MAJORITY, UNTRAINED, COUNTED, TRAINED = "majority class", "untrained", "word counts", "trained" # Names of the models
 CALIBRATED = "trained, calibrated"
 
-def _floors(prepared: PreparedTexts, split: str, untrained: np.ndarray) -> dict[str, np.ndarray]:
-    "What the floors say of a split."
-    train, rows = prepared.splits["train"], prepared.splits[split]
-    numbers, classes = prepared.labels.encode(train["labels"]), len(prepared.labels.names)
-    counted = word_counts(train["content"], numbers.tolist(), rows["content"], classes)
-    return {MAJORITY: np.tile(majority_probabilities(numbers, classes), (rows.num_rows, 1)), UNTRAINED: untrained,
-            COUNTED: counted}
+def _floors(prepared: PreparedTexts) -> dict[str, dict[str, np.ndarray]]:
+    "What needs no encoder says of the validation and the test rows."
+    splits, classes = prepared.splits, len(prepared.labels.names)
+    numbers, held = prepared.labels.encode(splits["train"]["labels"]), splits["val"].num_rows
+    counted = word_counts(splits["train"]["content"], numbers.tolist(),
+                          [*splits["val"]["content"], *splits["test"]["content"]], classes)
+    shares = np.tile(majority_probabilities(numbers, classes), (len(counted), 1))
+    return {"val": {MAJORITY: shares[:held], COUNTED: counted[:held]},
+            "test": {MAJORITY: shares[held:], COUNTED: counted[held:]}}
 
 def _finish(parameters: ClassifierParameters, prepared: PreparedTexts, run: RunFolder, pupil: Pupil, trainer: Trainer,
             untrained: dict[str, np.ndarray]) -> None:
     "Predict both held-out splits, save predictions and model, and call the run finished."
-    names = list(prepared.labels.names)
+    names, floors = list(prepared.labels.names), _floors(prepared)
     for split in ("val", "test"):
         rows, probabilities = prepared.splits[split], np.array(trainer.predict(pupil.examples[split]), dtype=np.float64)
-        models = _floors(prepared, split, untrained[split]) | {TRAINED: probabilities}
+        models = {MAJORITY: floors[split][MAJORITY], UNTRAINED: untrained[split], COUNTED: floors[split][COUNTED],
+                  TRAINED: probabilities}
         references = prepared.labels.encode(rows["labels"])
         Said(list(rows["id"]), names, references, models).save(run.path/f"predictions_{split}.jsonl")
     save_model(pupil.model, pupil.tokenizer, run.path/"classifier"/"model", labels=names,
@@ -310,7 +307,6 @@ def _train(parameters: ClassifierParameters, prepared: PreparedTexts, run: RunFo
     trainer.fit()
     _finish(parameters, prepared, run, pupil, trainer, untrained)
 
-# %% ../nbs/14_classifiers.ipynb #0dd27582
 @dataclass
 class TrainedClassifier:
     "A finished run: its folder, its data, and its history."
@@ -325,14 +321,9 @@ def train(
 ) -> TrainedClassifier: # The finished run
     "Train, or go on, or find the finished run; predictions and model are then in its folder."
     parameters = parameters.settled()
-    run = open_run(parameters, prepared)
-    try:
+    with open_run(parameters, prepared) as run:
         if run.state != "finished": _train(parameters, prepared, run)
         else: print("this run is finished and is reported again without training; restart=True trains anew")
-    except Exception as error:
-        run.update_status("failed", last_error=f"{type(error).__name__}: {error}")
-        raise
-    finally: run.close()
     return TrainedClassifier(parameters, prepared, run, [row for _, row in read_jsonl(run.path/"history.jsonl")])
 
 # %% ../nbs/14_classifiers.ipynb #2754eaf2
@@ -356,7 +347,7 @@ def fit_confidence(
     threshold = precision_threshold(fresh.max(1), fresh.argmax(1) == references, wanted_precision)
     return Confidence(calibration, fit_conformal_sets(fresh, references, names, coverage), threshold)
 
-# %% ../nbs/14_classifiers.ipynb #8ebcdd60
+# %% ../nbs/14_classifiers.ipynb #017d6c25
 @dataclass
 class Judged:
     "A classifier beside its floors."
@@ -385,9 +376,8 @@ def _promises(confidence: Confidence, test: Said) -> dict[str, Any]:
     "What sets and threshold come to on the test rows."
     probabilities, n = test.models[CALIBRATED], len(test.ids)
     kept, right = confidence.threshold.keeps(probabilities.max(1)), probabilities.argmax(1) == test.references
-    answers = confidence.sets.answers(probabilities)
-    return {"coverage": confidence.sets.coverage(probabilities, test.references)["overall"],
-            "answered": wilson_interval(int((answers >= 0).sum()), n), "kept": wilson_interval(int(kept.sum()), n),
+    sets = confidence.sets.coverage(probabilities, test.references)
+    return {"coverage": sets["overall"], "answered": sets["answered"], "kept": wilson_interval(int(kept.sum()), n),
             "precision": wilson_interval(int((right & kept).sum()), int(kept.sum())) if kept.any() else None}
 
 # %% ../nbs/14_classifiers.ipynb #fb9ac215

@@ -266,15 +266,21 @@ def _version(package: str) -> str:
     try: return metadata.version(package)
     except metadata.PackageNotFoundError: return ""
 
-# %% ../nbs/00_core.ipynb #22178046
+# %% ../nbs/00_core.ipynb #a3a79aaf
 class RunFolder:
-    "A run's folder: `manifest.json`, `status.json`, and whatever the recipe leaves there."
+    "A run's folder: `manifest.json`, `status.json`, and what the recipe leaves; `with` tells failures and lets go."
     def __init__(
         self,
         path: str | Path, # The folder
         identity: dict[str, Any], # What makes this run itself: parameters, data, prompt
     ) -> None:
         self.path, self.identity = Path(path), json.loads(json.dumps(identity, default=str))
+    def __enter__(self) -> "RunFolder": return self
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if isinstance(error, Exception):
+                self.update_status("failed", last_error=f"{type(error).__name__}: {error}")
+        finally: self.close()
 
 # %% ../nbs/00_core.ipynb #22b6c4cb
 def _differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -356,7 +362,7 @@ def state(
     path = self.path/"status.json"
     return read_json(path)["state"] if path.exists() else "new"
 
-# %% ../nbs/00_core.ipynb #080870bb
+# %% ../nbs/00_core.ipynb #9938e164
 def seed_everything(
     seed: int, # Any whole number from 0
 ) -> None:
@@ -367,7 +373,7 @@ def seed_everything(
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #4e76e14f
+# %% ../nbs/00_core.ipynb #2a67d981
 def choose_device(
     device: str = "auto", # "auto", "cpu" or "cuda"
 ) -> str: # "cpu" or "cuda"
@@ -384,7 +390,7 @@ def choose_precision(
     "The arithmetic of a run: bf16 on CUDA, fp32 on a CPU, unless one is asked for."
     return ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
 
-# %% ../nbs/00_core.ipynb #f87b15c8
+# %% ../nbs/00_core.ipynb #7f44fed3
 class Parameters(BaseModel):
     "Base of a run's parameters: typed, closed and unchangeable."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
@@ -397,7 +403,7 @@ class Parameters(BaseModel):
         "The file that `config` means; a recipe that ships configurations knows them by name."
         return Path(config)
 
-# %% ../nbs/00_core.ipynb #50af2e3a
+# %% ../nbs/00_core.ipynb #e32c2b44
 def parameters_cell(
     model: type[Parameters], # A recipe's parameters
 ) -> str: # Code with one annotated, commented default a line
@@ -414,7 +420,7 @@ def _type_name(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", None)
     return type(choices[0]).__name__ if choices else annotation.__name__
 
-# %% ../nbs/00_core.ipynb #1e070653
+# %% ../nbs/00_core.ipynb #da179b10
 def parameters_table(
     model: type[Parameters], # A recipe's parameters
 ) -> str: # A Markdown table
@@ -428,7 +434,7 @@ def _choices(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", None)
     return ", ".join(f"`{choice}`" for choice in choices) if choices else annotation.__name__
 
-# %% ../nbs/00_core.ipynb #0f8ef8c2
+# %% ../nbs/00_core.ipynb #5f2bc9e2
 SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|credential|auth|access_?key|(^|_)token$)", re.I)
 SECRET_VALUE = re.compile(r"^(sk-|hf_|AIza|gh[pousr]_|xox[bp]-|AKIA)[\w-]{12,}$")
 
@@ -460,7 +466,7 @@ def check_parameters(
     except ValidationError as error:
         raise ParameterError("; ".join(_explain(dict(one), model) for one in error.errors())) from None
 
-# %% ../nbs/00_core.ipynb #844f921d
+# %% ../nbs/00_core.ipynb #f5f15d57
 def _injected_names(namespace: dict[str, Any]) -> set[str]:
     "The names that papermill's injected cells assign."
     cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
@@ -480,7 +486,7 @@ def take_parameters(
     from_yaml = read_yaml(model.config_file(checked.config)) if checked.config else {}
     return check_parameters(model, from_yaml | {name: asked[name] for name in given})
 
-# %% ../nbs/00_core.ipynb #4e129569
+# %% ../nbs/00_core.ipynb #efc2356b
 @dataclass
 class StopRequest:
     "A signal that asks to stop."
@@ -506,7 +512,7 @@ def stop_signals() -> Iterator[StopRequest]: # Filled when a signal comes
         for one, handler in old.items(): signal.signal(one, handler)
         for one, parent in zip(pollers, parents): one.parent_pid = parent
 
-# %% ../nbs/00_core.ipynb #9ab98a59
+# %% ../nbs/00_core.ipynb #6e2ee91a
 def end_as_asked(
     stop: StopRequest, # Noted by `stop_signals`
 ) -> None:
@@ -514,7 +520,7 @@ def end_as_asked(
     if stop.number == signal.SIGINT: raise KeyboardInterrupt
     if stop.number: raise SystemExit(128 + stop.number)
 
-# %% ../nbs/00_core.ipynb #ef973a33
+# %% ../nbs/00_core.ipynb #358031a8
 def progress_bar(
     total: int | None, # Steps in all, if known
     description: str, # What is being done

@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/12_distillation.ipynb #43e061b7
+# %% ../nbs/12_distillation.ipynb #64774808
 from .calibration import Calibration, ConformalIntervals, fit_calibration, fit_intervals, labeller_agreement
 from .collators import BatchPlan, RegressionCollator
 from .core import (DataError, ParameterError, Parameters, Quarantine, RunError, RunFolder, atomic_path,
@@ -42,9 +42,9 @@ from .filters import Filter, FilterDefinition, read_filter
 from .metrics import Predictions, constant_predictor, pearson, spearman, tier_scores
 from .reports import (Evaluation, Table, VerdictRules, evaluate_run, evaluation_markdown, save_plots,
                             write_training_report)
-from .tasks import (Task, TextModel, apply_tuning, build_model, check_tuning, load_encoder, load_model,
+from .tasks import (Task, TextModel, build_model, check_tuning, load_encoder, load_model,
                           load_tokenizer, save_model, tokenize_texts)
-from .trainer import Trainer, TrainerConfig, launch, replace_folder
+from .trainer import Trainer, launch, recipe_trainer, replace_folder
 
 # %% ../nbs/12_distillation.ipynb #685a3fc1
 class TrainingParameters(Parameters):
@@ -255,22 +255,17 @@ def _embeddings(
     return {name: embed_once(parameters.model, model, part, pad_id, device, precision)
             for name, part in examples.items()}
 
-# %% ../nbs/12_distillation.ipynb #8b305f3a
+# %% ../nbs/12_distillation.ipynb #3bf70654
 def make_trainer(
     parameters: TrainingParameters, # Settled
     student: Student, # Model and examples
     run: RunFolder, # Gets checkpoints and history
 ) -> Trainer: # Ready to fit
     "The one trainer, with this run's settings; exactly the parameters of the tuning mode learn."
-    names = [name for name in TrainerConfig.__dataclass_fields__ if hasattr(parameters, name)]
-    config = TrainerConfig(**{name: getattr(parameters, name) for name in names})
     examples = student.frozen() if parameters.tuning == "head" else student.examples
-    counts = check_tuning(apply_tuning(student.model, parameters.tuning), parameters.tuning)
-    run.update_manifest(parameters_learning=counts, device=choose_device(parameters.device), seed=parameters.seed)
-    print(f"{counts['trainable']:,} of {counts['total']:,} parameters learn (tuning {parameters.tuning})", flush=True)
-    return Trainer(student.model, examples["train"], examples["val"], config, run, student.tokenizer.pad_token_id)
+    return recipe_trainer(parameters, student.model, examples, run, student.tokenizer.pad_token_id)
 
-# %% ../nbs/12_distillation.ipynb #335dc315
+# %% ../nbs/12_distillation.ipynb #ff46884b
 def start_head(
     parameters: TrainingParameters, # Settled
     student: Student, # With embeddings
@@ -278,10 +273,9 @@ def start_head(
 ) -> None:
     "Train the head on the frozen encoder before the encoder learns too."
     usual = parameters.model_copy(update={"tuning": "head", "tracker": "", "accumulation": 1} | USUAL["head"])
-    small = RunFolder(run.path/"head", {"head of": run.identity}).start()
-    try: make_trainer(usual, student, small).fit()
-    finally: small.close()
-    small.update_status("finished", progress=1.0)
+    with RunFolder(run.path/"head", {"head of": run.identity}).start() as small:
+        make_trainer(usual, student, small).fit()
+        small.update_status("finished", progress=1.0)
 
 # %% ../nbs/12_distillation.ipynb #1fc6b89c
 def fit_share(
@@ -384,21 +378,16 @@ class Trained:
     run: RunFolder # Predictions, model, manifest and history
     history: list[dict[str, Any]] # One row an epoch
 
-# %% ../nbs/12_distillation.ipynb #8cd63374
+# %% ../nbs/12_distillation.ipynb #4a705f5f
 def train(
     parameters: TrainingParameters, # What was asked for
     prepared: Prepared, # From `prepare`
 ) -> Trained: # The finished run
     "Train, or go on, or find the finished run; predictions and model are then in its folder."
     parameters = parameters.settled()
-    run = open_run(parameters, prepared)
-    try:
+    with open_run(parameters, prepared) as run:
         if run.state != "finished": _train(parameters, prepared, run)
         else: print("this run is finished and is reported again without training; restart=True trains anew")
-    except Exception as error:
-        run.update_status("failed", last_error=f"{type(error).__name__}: {error}")
-        raise
-    finally: run.close()
     return Trained(parameters, prepared, run, [row for _, row in read_jsonl(run.path/"history.jsonl")])
 
 # %% ../nbs/12_distillation.ipynb #46186593

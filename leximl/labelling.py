@@ -1198,7 +1198,7 @@ class LabelParameters(Parameters):
     out: str = Field("", description="The run's folder; empty names it by its fingerprint under runs/")
     seed: int = Field(0, ge=0, description="Seed of the pauses between tries")
 
-# %% ../nbs/11b_labelling.ipynb #04d86d37
+# %% ../nbs/11b_labelling.ipynb #80f55835
 @dataclass
 class Labelled:
     "What a labelling leaves."
@@ -1217,15 +1217,10 @@ def label(
     oracle = make_oracle(parameters.oracle, filter, parameters.models, parameters.examples)
     if isinstance(oracle, ChatOracle): oracle.timeout = parameters.timeout
     elif parameters.provider_batches: raise ParameterError(f"provider_batches: '{oracle.name}' takes none")
-    run = _open_labelling(parameters, filter)
     identity = _identity(corpus, oracle, parameters.examples)
-    try:
-        with closing(Journal(run.path/"journal.sqlite", identity)) as journal:
-            return _label(parameters, run, journal, oracle, corpus)
-    except Exception as error:
-        run.update_status("failed", last_error=f"{type(error).__name__}: {error}")
-        raise
-    finally: run.close()
+    with (_open_labelling(parameters, filter) as run,
+          closing(Journal(run.path/"journal.sqlite", identity)) as journal):
+        return _label(parameters, run, journal, oracle, corpus)
 
 # %% ../nbs/11b_labelling.ipynb #d7259aa0
 def _corpus_files(parameters: LabelParameters, filter: Filter) -> list[Path]:

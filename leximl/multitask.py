@@ -25,10 +25,10 @@ from fastcore.basics import patch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/13_multitask.ipynb #ae0fe273
+# %% ../nbs/13_multitask.ipynb #4d7ae820
 from .calibration import Thresholds, fit_thresholds
 from .collators import BatchPlan, SummarizationCollator
-from .core import (ConfigError, DataError, ParameterError, Parameters, Quarantine, RunFolder, choose_device,
+from .core import (ConfigError, DataError, ParameterError, Parameters, Quarantine, RunFolder,
                          fingerprint, nearest, project_folder, read_json, read_jsonl, seed_everything, write_json,
                          write_jsonl)
 from .data import (Labels, TextPreprocessor, check_labelled_text, check_summary, dataset_config, fit_labels,
@@ -36,9 +36,9 @@ from .data import (Labels, TextPreprocessor, check_labelled_text, check_summary,
 from .metrics import (classification_scores, majority_labels, majority_predictor, multilabel_scores, rouge_like,
                             rouge_scores)
 from .t5_weights import TransformerConfig, check_tokenizer, end_token
-from .tasks import (Task, TextModel, apply_tuning, build_multitask_model, check_tuning, load_encoder, load_model,
+from .tasks import (Task, TextModel, build_multitask_model, load_encoder, load_model,
                           load_tokenizer, save_model, tokenize_texts)
-from .trainer import Trainer, TrainerConfig
+from .trainer import Trainer, recipe_trainer
 from .transformer import CrossAttention, GenerationConfig, Transformer
 
 # %% ../nbs/13_multitask.ipynb #d8cdbebc
@@ -278,7 +278,7 @@ def open_run(
     name = f"multitask-{fingerprint(identity)[:10]}"
     return RunFolder(parameters.out or project_folder()/"runs"/name, identity).start(parameters.restart)
 
-# %% ../nbs/13_multitask.ipynb #62e17051
+# %% ../nbs/13_multitask.ipynb #71ee3791
 def make_trainer(
     parameters: MultitaskParameters, # As given
     model: TextModel, # From `make_model`
@@ -290,15 +290,9 @@ def make_trainer(
     for name, parts in examples.items():
         head: Any = model.heads[name]
         if KINDS[name] != "sequence": head.start_from(np.array([one["labels"] for one in parts["train"]]))
-    names = [name for name in TrainerConfig.__dataclass_fields__ if hasattr(parameters, name)]
-    settings = {name: getattr(parameters, name) for name in names}
-    settings |= task_settings(parameters, list(examples))
-    apply_tuning(model, parameters.tuning, parameters.frozen_layers)
-    counts = check_tuning(model, parameters.tuning, parameters.frozen_layers)
-    run.update_manifest(parameters_learning=counts, device=choose_device(parameters.device), seed=parameters.seed)
-    print(f"{counts['trainable']:,} of {counts['total']:,} parameters learn (tuning {parameters.tuning})", flush=True)
-    train, validation = ([one for parts in examples.values() for one in parts[split]] for split in ("train", "val"))
-    return Trainer(model, train, validation, TrainerConfig(**settings), run, pad_id)
+    both = {split: [one for parts in examples.values() for one in parts[split]] for split in ("train", "val")}
+    return recipe_trainer(parameters, model, both, run, pad_id, parameters.frozen_layers,
+                          **task_settings(parameters, list(examples)))
 
 # %% ../nbs/13_multitask.ipynb #68d40039
 @torch.no_grad()
@@ -364,7 +358,7 @@ def _judge_summaries(rows: Sequence[dict[str, Any]], written: Sequence[str]) -> 
             "rows": [{"id": row["id"], "source": row["content"], "reference": row["labels"], "written": one,
                       "rouge_like": rouge_like(one, row["labels"])} for row, one in zip(rows, written)]}
 
-# %% ../nbs/13_multitask.ipynb #39740702
+# %% ../nbs/13_multitask.ipynb #59ec2440
 @dataclass
 class TrainedTasks:
     "A finished run: its folder, its data, what it learnt and how well."
@@ -379,14 +373,9 @@ def train(
     prepared: PreparedTasks, # From `prepare`
 ) -> TrainedTasks: # The finished run
     "Train, or go on, or find the finished run."
-    run = open_run(parameters, prepared)
-    try:
+    with open_run(parameters, prepared) as run:
         if run.state != "finished": _train(parameters, prepared, run)
         else: print("this run is finished and is reported again without training; restart=True trains anew")
-    except Exception as error:
-        run.update_status("failed", last_error=f"{type(error).__name__}: {error}")
-        raise
-    finally: run.close()
     history = [row for _, row in read_jsonl(run.path/"history.jsonl")]
     return TrainedTasks(parameters, prepared, run, history, read_json(run.path/"evaluation.json"))
 

@@ -545,7 +545,7 @@ def draw(
     return Drawn(filter, guesses, draw_samples(guesses, wanted, parameters.seed),
                  facts | {"rows set aside": len(quarantine), "candidates": len(articles)}, quarantine)
 
-# %% ../nbs/11c_prompt_calibration.ipynb #7e598457
+# %% ../nbs/11c_prompt_calibration.ipynb #5f8fc78d
 def calibrate(
     parameters: CalibrationParameters, # What was asked for
     drawn: Drawn | None = None, # From `draw`; None draws now
@@ -554,21 +554,17 @@ def calibrate(
     drawn = drawn or draw(parameters)
     oracles = [make_oracle(name, drawn.filter, parameters.models, parameters.examples)
                for name in (parameters.oracle, parameters.second_oracle) if name]
-    asked = [case.guess.article for cases in drawn.samples.values() for case in cases]
-    plan = _planned_cost(drawn.filter, [*asked, *canary_articles()], oracles, parameters.budget)
-    run = _open_calibration(parameters, drawn)
-    try:
-        first, *second = answered = _ask_oracles(parameters, drawn, oracles, run.path)
+    traps = canary_articles()
+    articles = [*(case.guess.article for cases in drawn.samples.values() for case in cases), *traps]
+    plan = _planned_cost(drawn.filter, articles, oracles, parameters.budget)
+    with _open_calibration(parameters, drawn) as run:
+        first, *second = answered = _ask_oracles(parameters, drawn.filter, oracles, articles, run.path)
         samples = {name: label_articles(drawn.filter, cases, _known(first)) for name, cases in drawn.samples.items()}
         for answers in second: samples = {name: _asked_again(cases, _known(answers)) for name, cases in samples.items()}
-        effects = {oracle.name: canary_effect(drawn.filter.definition, {row["id"]: _known(answers)([row])[0]
-                   for row in canary_articles()}) for oracle, answers in zip(oracles, answered)}
+        effects = {oracle.name: canary_effect(drawn.filter.definition, {row["id"]: answers[article_hash(row)]
+                   for row in traps}) for oracle, answers in zip(oracles, answered)}
         found = conclude(parameters, drawn, samples, {"planned cost, US dollars": round(plan, 4)})
         return _save_calibration(run, drawn, replace(found, canaries=effects))
-    except Exception as error:
-        run.update_status("failed", last_error=f"{type(error).__name__}: {error}")
-        raise
-    finally: run.close()
 
 def _known(answers: Mapping[str, Answer | None]) -> Scorer:
     "Answers that are there already, by the articles' hashes."
@@ -578,15 +574,15 @@ def _asked_again(cases: Sequence[Case], score: Scorer) -> list[Case]:
     answers = score([case.guess.article for case in cases])
     return [replace(case, again=answer) for case, answer in zip(cases, answers, strict=True)]
 
-# %% ../nbs/11c_prompt_calibration.ipynb #f2ed405a
+# %% ../nbs/11c_prompt_calibration.ipynb #1c2b860b
 def _ask_oracles(
-    parameters: CalibrationParameters, drawn: Drawn, oracles: Sequence[Oracle], folder: Path,
+    parameters: CalibrationParameters, filter: Filter, oracles: Sequence[Oracle],
+    articles: Sequence[Mapping[str, Any]], folder: Path,
 ) -> list[dict[str, Answer | None]]:
-    "The answers of each oracle by the articles' hashes: samples and canaries, within one budget."
-    articles = [case.guess.article for cases in drawn.samples.values() for case in cases] + canary_articles()
+    "The answers of each oracle by the articles' hashes, within one budget."
     left, found = parameters.budget, []
     for number, oracle in enumerate(oracles, 1):
-        answers, books = ask_articles(drawn.filter, oracle, articles, folder/f"oracle-{number}", Pace(budget=left),
+        answers, books = ask_articles(filter, oracle, articles, folder/f"oracle-{number}", Pace(budget=left),
                                       parameters.examples)
         left -= sum(books.cost.values())
         print(f"{oracle.name}: {books}", flush=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAST', 'learning_rate_share', 'TrainerConfig', 'mixture', 'Trainer', 'replace_folder', 'checkpoint_is_whole',
-           'launch', 'run_share']
+           'launch', 'run_share', 'recipe_trainer']
 
 # %% ../nbs/06_trainer.ipynb #df8160d8
 import importlib
@@ -32,12 +32,12 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# %% ../nbs/06_trainer.ipynb #6ec39b2f
+# %% ../nbs/06_trainer.ipynb #684ffae5
 from .collators import BatchPlan, SummarizationCollator, oversample
 from .core import (ConfigError, DataError, RunError, RunFolder, choose_device, choose_precision, end_as_asked,
                          file_sha256, flush_to_disk, nearest, progress_bar, read_json, stop_signals, write_json,
                          write_jsonl)
-from .tasks import TextModel
+from .tasks import TextModel, apply_tuning, check_tuning
 
 # %% ../nbs/06_trainer.ipynb #e33d15ef
 def learning_rate_share(
@@ -680,3 +680,21 @@ def run_share(
     if found != processes: raise RunError(f"{processes} processes were asked for and {found} started")
     module, name = function.split(":")
     getattr(importlib.import_module(module), name)(argument)
+
+# %% ../nbs/06_trainer.ipynb #be2fd315
+def recipe_trainer(
+    parameters: Any, # Of a recipe: `tuning`, `device`, `seed`, and settings by the names of `TrainerConfig`
+    model: TextModel, # As built
+    examples: dict[str, list[dict[str, Any]]], # "train" and "val" → examples
+    run: RunFolder, # Gets status, history and checkpoints
+    pad_id: Any, # The tokenizer's padding id
+    frozen_layers: int = 0, # With tuning "full": lowest encoder layers that stay as they are
+    **settings: Any, # More of `TrainerConfig`; they win over the parameters
+) -> Trainer: # Ready to fit
+    "The one trainer, with a recipe's settings; exactly the parameters of the tuning mode learn."
+    names = [name for name in TrainerConfig.__dataclass_fields__ if hasattr(parameters, name)]
+    config = TrainerConfig(**{name: getattr(parameters, name) for name in names} | settings)
+    counts = check_tuning(apply_tuning(model, parameters.tuning, frozen_layers), parameters.tuning, frozen_layers)
+    run.update_manifest(parameters_learning=counts, device=choose_device(parameters.device), seed=parameters.seed)
+    print(f"{counts['trainable']:,} of {counts['total']:,} parameters learn (tuning {parameters.tuning})", flush=True)
+    return Trainer(model, examples["train"], examples["val"], config, run, pad_id)
