@@ -7,7 +7,7 @@ __all__ = ['BATCH', 'BenchmarkParameters', 'take_turns', 'naive_scores', 'circum
            'random_articles', 'resident_megabytes', 'watch_memory', 'make_peers', 'random_batch', 'peak_gflops',
            'step_gigaflops', 'compare_steps', 'compare_generation', 'compare_memory', 'summary_examples',
            'compare_epoch', 'compare_classifier_training', 'make_quick_classifier', 'compare_classifying',
-           'compare_int8']
+           'compare_soft_writing', 'compare_int8']
 
 # %% ../nbs/21_benchmarks.ipynb #b34af9ea
 import copy
@@ -33,7 +33,8 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase, T5Confi
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/21_benchmarks.ipynb #434cef77
+# %% ../nbs/21_benchmarks.ipynb #aa7978d0
+from .adapters import LoadedAdapter, generate_summaries
 from .calibration import fit_calibration, fit_intervals
 from .classifiers import (ClassifierParameters, LoadedClassifier, PreparedTexts, Pupil, class_probabilities,
                                 load_classifier, make_pupil)
@@ -46,13 +47,15 @@ from .collators import BatchPlan, SummarizationCollator, padding_share
 from .core import ConfigError, ParameterError, Parameters, RunFolder, seed_everything, write_json, write_text
 from .data import article_text, check_summary
 from .distillation import LoadedFilter, load_filter
+from .language_models import encode_prompt, place_vectors
 from .metrics import rouge_scores, wilson_interval
 from .multitask import LoadedTasks, write_summaries
+from .summary_data import PROMPT
 from .t5_weights import TransformerConfig
 from .tasks import Task, TextModel, build_model, load_tokenizer, minilm_folder, save_model
-from .transformer import Linear, Transformer, kept_megabytes
+from .transformer import GenerationConfig, Linear, Transformer, kept_megabytes
 
-# %% ../nbs/21_benchmarks.ipynb #abc421a8
+# %% ../nbs/21_benchmarks.ipynb #1633c1c8
 class BenchmarkParameters(Parameters):
     "Parameters of `benchmark.ipynb`: on which filter, articles and models to measure, and how often."
     folder: str = Field("", description="Deployed filter; empty takes filters/uplifting/v1, trained if need be")
@@ -65,6 +68,7 @@ class BenchmarkParameters(Parameters):
     compiled: bool = Field(False, description="Compare compiled training steps too; takes minutes")
     epoch_articles: int = Field(24, ge=8, description="Articles in the epoch of training")
     texts: str = Field("demo", description="Labelled texts on which a classifier is trained and asked: a dataset")
+    adapter: str = Field("", description="Folder adapter/ of a run; empty skips writing from embeddings")
     writer: str = Field("", description="Artifacts of a run that learnt summaries; empty skips the cost of int8")
     writer_data: str = Field("", description="JSON Lines of source and summary; empty takes the samples that ship")
 
@@ -484,7 +488,42 @@ def compare_classifying(
     best["leximl"] = seconds["leximl"]
     return {"table": table, "ratios": _ratios("classifying texts", best)} | circumstances()
 
-# %% ../nbs/21_benchmarks.ipynb #13b6b037
+# %% ../nbs/21_benchmarks.ipynb #7dc60f15
+def compare_soft_writing(
+    folder: str | Path, # `adapter/` of a finished run
+    texts: int = 256, # Embeddings to write from
+    rounds: int = 1, # Rounds, in which both ways take turns
+    batch_size: int = 64, # Texts written at a time
+) -> dict[str, Any]: # `table`: way → seconds, texts per second; `ratios`; `equal texts`; circumstances
+    "Texts per second from embeddings here, and by transformers' `generate`."
+    loaded = LoadedAdapter(folder)
+    draw = np.random.default_rng(0)
+    width, length = loaded.parameters.embedding_dim, loaded.parameters.max_target_tokens
+    vectors, written = draw.normal(size=(texts, width)).astype(np.float32), dict[str, list[str]]()
+    prompts, config = [PROMPT] * texts, GenerationConfig(length, no_repeat_ngram=3)
+    ways = {"transformers": partial(_generated, loaded, torch.from_numpy(vectors), length, batch_size),
+            "leximl": partial(generate_summaries, loaded.model, loaded.tokenizer, prompts, vectors, config, batch_size)}
+    def _kept(name: str, way: Callable[[], list[str]]) -> None: written[name] = way()
+    seconds = take_turns({name: partial(_kept, name, way) for name, way in ways.items()}, rounds)
+    table = {name: {"seconds": one, "texts per second": texts / one} for name, one in seconds.items()}
+    equal = float(np.mean([one == other for one, other in zip(*written.values())]))
+    found = {"table": table, "ratios": _ratios("writing from embeddings", seconds)}
+    return found | {"equal texts": equal} | circumstances()
+
+@torch.inference_mode()
+def _generated(loaded: LoadedAdapter, vectors: Tensor, length: int, batch_size: int) -> list[str]:
+    "What transformers writes, batch by batch."
+    model: Any = loaded.model.encoder
+    (ids, slot), words, found = encode_prompt(PROMPT, loaded.tokenizer), model.get_input_embeddings(), list[str]()
+    for part in vectors.to(model.device).split(batch_size):
+        prompt = words(torch.tensor(ids, device=model.device)).expand(len(part), -1, -1)
+        told = place_vectors(prompt, torch.full((len(part),), slot, device=model.device), loaded.model.adapter(part))
+        tokens = model.generate(inputs_embeds=told, attention_mask=torch.ones(told.shape[:2], device=model.device),
+                                max_new_tokens=length, do_sample=False, no_repeat_ngram_size=3)
+        found += [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+    return found
+
+# %% ../nbs/21_benchmarks.ipynb #5e4e266f
 def compare_int8(
     folder: str | Path, # `artifacts/` of a multi-task run that learnt summaries
     records: Sequence[dict[str, Any]], # Each with `source` and `summary`

@@ -486,7 +486,7 @@ def take_parameters(
     from_yaml = read_yaml(model.config_file(checked.config)) if checked.config else {}
     return check_parameters(model, from_yaml | {name: asked[name] for name in given})
 
-# %% ../nbs/00_core.ipynb #efc2356b
+# %% ../nbs/00_core.ipynb #7fa38d38
 @dataclass
 class StopRequest:
     "A signal that asks to stop."
@@ -510,6 +510,8 @@ def stop_signals() -> Iterator[StopRequest]: # Filled when a signal comes
     try: yield stop
     finally:
         for one, handler in old.items(): signal.signal(one, handler)
+        outer: Any = next((handler for one, handler in old.items() if one == stop.number), None)
+        if getattr(outer, "__qualname__", "").startswith("stop_signals."): outer(stop.number, None) # hears of it too
         for one, parent in zip(pollers, parents): one.parent_pid = parent
 
 # %% ../nbs/00_core.ipynb #6e2ee91a
@@ -520,7 +522,7 @@ def end_as_asked(
     if stop.number == signal.SIGINT: raise KeyboardInterrupt
     if stop.number: raise SystemExit(128 + stop.number)
 
-# %% ../nbs/00_core.ipynb #358031a8
+# %% ../nbs/00_core.ipynb #669bd9bf
 def progress_bar(
     total: int | None, # Steps in all, if known
     description: str, # What is being done

@@ -8,8 +8,8 @@ __all__ = ['Interval', 'wilson_interval', 'bootstrap', 'paired_difference', 'unp
            'tier_scores', 'label_matrix', 'f1_by_label', 'resample_weights', 'multilabel_scores', 'majority_labels',
            'class_numbers', 'classification_scores', 'majority_predictor', 'probability_matrix', 'check_probabilities',
            'check_confidence', 'calibration_bins', 'expected_calibration_error', 'ece_floor', 'probability_scores',
-           'log_losses', 'majority_probabilities', 'probability_differences', 'mcnemar', 'rouge_scores', 'rouge_like',
-           'Predictions']
+           'log_losses', 'majority_probabilities', 'probability_differences', 'mcnemar', 'rouge_scores', 'rouge_rows',
+           'rouge_like', 'Predictions']
 
 # %% ../nbs/07_metrics.ipynb #3943aece
 import re
@@ -576,7 +576,7 @@ def mcnemar(
     p_value = min(1.0, 2 * float(binom.cdf(min(only_a, only_b), only_a + only_b, 0.5)))
     return {"only_a": only_a, "only_b": only_b, "p_value": p_value}
 
-# %% ../nbs/07_metrics.ipynb #d7daa7f4
+# %% ../nbs/07_metrics.ipynb #c6c36695
 def rouge_scores(
     predictions: Sequence[str], # [B] generated texts; an empty one counts as 0
     references: Sequence[str], # [B] texts they should be like
@@ -584,11 +584,20 @@ def rouge_scores(
     "How much of the references' wording the generated texts hold."
     if len(predictions) != len(references):
         raise DataError(f"{len(predictions)} predictions for {len(references)} references: give one for each")
+    rows = rouge_rows(predictions, references)
+    return {kind: bootstrap([row[kind] for row in rows]) for kind in _ROUGE_KINDS}
+
+_ROUGE_KINDS = ["rouge1", "rouge2", "rougeL"]
+
+def rouge_rows(
+    predictions: Sequence[str], # [B] generated texts
+    references: Sequence[str], # [B] texts they should be like
+) -> list[dict[str, float]]: # "rouge1", "rouge2", "rougeL" of each, from 0 to 1
+    "The F-measures of each pair of texts."
     from rouge_score.rouge_scorer import RougeScorer
-    kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(kinds, use_stemmer=True)
-    rows = [scorer.score(reference, prediction) for prediction, reference in zip(predictions, references)]
-    return {kind: bootstrap([row[kind].fmeasure for row in rows]) for kind in kinds}
+    scorer = RougeScorer(_ROUGE_KINDS, use_stemmer=True)
+    rows = (scorer.score(reference, prediction) for prediction, reference in zip(predictions, references))
+    return [{kind: row[kind].fmeasure for kind in _ROUGE_KINDS} for row in rows]
 
 # %% ../nbs/07_metrics.ipynb #32168b88
 def rouge_like(

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['POOLINGS', 'STEPS', 'HEADS', 'MINILM_SHA256', 'OWN', 'pool_mean', 'pool_last', 'RegressionHead', 'OrdinalHead',
            'ClassificationHead', 'MultiLabelHead', 'SequenceHead', 'Task', 'spaced_layers', 'TextModel',
-           'minilm_folder', 'load_tokenizer', 'load_encoder', 'tokenize_texts', 'default_pooling', 'build_model',
-           'apply_tuning', 'count_parameters', 'check_tuning', 'save_model', 'model_facts', 'build_multitask_model',
-           'load_model']
+           'minilm_folder', 'load_tokenizer', 'load_encoder', 'tokenize_texts', 'default_pooling',
+           'load_language_model', 'build_model', 'apply_tuning', 'count_parameters', 'check_tuning', 'save_model',
+           'model_facts', 'build_multitask_model', 'load_model']
 
 # %% ../nbs/05_tasks.ipynb #c4f7f008
 import re
@@ -16,14 +16,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# %% ../nbs/05_tasks.ipynb #143e8120
+# %% ../nbs/05_tasks.ipynb #d1779216
 import numpy as np
 import torch
 import torch.nn.functional as functional
 from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel,
+                          PreTrainedTokenizerBase)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 # %% ../nbs/05_tasks.ipynb #85f74ea2
@@ -510,7 +511,21 @@ def default_pooling(
     only_causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return "last" if only_causal else "mean"
 
-# %% ../nbs/05_tasks.ipynb #b81400b5
+# %% ../nbs/05_tasks.ipynb #20bdf0e9
+def load_language_model(
+    name: str, # A folder, or a hub id
+    dtype: torch.dtype = torch.float32, # Of the weights
+) -> PreTrainedModel: # In evaluation mode, no parameter learns
+    "A causal language model to write with, from safetensors only."
+    config = _from_source(AutoConfig.from_pretrained, name)
+    if default_pooling(config) != "last":
+        raise DataError(f"model '{Path(name).name}' is of type {config.model_type}, which writes no texts: give a "
+                        "causal language model")
+    for field in [field for field in vars(config) if field.endswith(("dropout", "pdrop"))]: setattr(config, field, 0.0)
+    options = {"config": config, "use_safetensors": True, "dtype": dtype}
+    return _from_source(AutoModelForCausalLM.from_pretrained, name, **options).requires_grad_(False).eval()
+
+# %% ../nbs/05_tasks.ipynb #ff131444
 OWN = "leximl-transformer" # The `model_type` of this library's transformer
 
 def _encoder_and_decoder(encoder: Any, decoder: TransformerConfig | None) -> tuple[Any, Decoder | None]:
@@ -542,7 +557,7 @@ def build_model(
     if own and layers != 1: raise ParameterError(f"layers must be 1 with a transformer of this library, got {layers}")
     return TextModel(reader, tasks, pooling or ("mean" if own else default_pooling(reader.config)), layers, writer)
 
-# %% ../nbs/05_tasks.ipynb #54d3a1ff
+# %% ../nbs/05_tasks.ipynb #3e0aa9eb
 def apply_tuning(
     model: TextModel, # As built
     tuning: str, # "head" (encoder frozen), "lora" (low-rank adapters) or "full"
@@ -571,7 +586,7 @@ def _frozen_parameters(model: TextModel, frozen_layers: int) -> set[str]:
         raise ParameterError(f"frozen_layers must be from 0 to the encoder's {depth} layers, got {frozen_layers}")
     return {name for name, found in places.items() if (int(found[1]) < frozen_layers if found else "embedding" in name)}
 
-# %% ../nbs/05_tasks.ipynb #021002d3
+# %% ../nbs/05_tasks.ipynb #e34e3c79
 def count_parameters(
     model: nn.Module, # Any model
 ) -> dict[str, int]: # `trainable` and `total`
@@ -580,7 +595,7 @@ def count_parameters(
     return {"trainable": sum(number for number, learns in counts if learns),
             "total": sum(number for number, _ in counts)}
 
-# %% ../nbs/05_tasks.ipynb #e59eac37
+# %% ../nbs/05_tasks.ipynb #b870364b
 def check_tuning(
     model: TextModel, # Ready to train
     tuning: str, # "head", "lora" or "full"
@@ -598,7 +613,7 @@ def check_tuning(
                           f"first difference: {odd[0]}")
     return count_parameters(model)
 
-# %% ../nbs/05_tasks.ipynb #e074c979
+# %% ../nbs/05_tasks.ipynb #505a7bd9
 def save_model(
     model: TextModel, # Trained
     tokenizer: PreTrainedTokenizerBase, # Its tokenizer
@@ -621,7 +636,7 @@ def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     first = {id(one): name for name, one in reversed(list(pairs))}
     return {name: one.detach() for name, one in pairs if first[id(one)] == name}
 
-# %% ../nbs/05_tasks.ipynb #f26d73b3
+# %% ../nbs/05_tasks.ipynb #ce4469d8
 def model_facts(
     model: TextModel, # Any model
 ) -> dict[str, Any]: # `encoder`, `decoder`, `pooling`, `layers`, `tasks`, as JSON can hold them
@@ -645,7 +660,7 @@ def build_multitask_model(
     decoder = TransformerConfig(**facts["decoder"]) if facts.get("decoder") else None
     return build_model(tasks, encoder or dict(facts["encoder"]), facts["pooling"], facts["layers"], decoder)
 
-# %% ../nbs/05_tasks.ipynb #008f8054
+# %% ../nbs/05_tasks.ipynb #ba2fdc7a
 def load_model(
     folder: str | Path, # As `save_model` wrote it
 ) -> tuple[TextModel, PreTrainedTokenizerBase, dict[str, Any]]: # Model in evaluation mode, tokenizer, `config.json`

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAST', 'learning_rate_share', 'TrainerConfig', 'mixture', 'Trainer', 'replace_folder', 'checkpoint_is_whole',
-           'launch', 'run_share', 'recipe_trainer']
+           'watch_epochs', 'launch', 'run_share', 'recipe_trainer']
 
-# %% ../nbs/06_trainer.ipynb #df8160d8
+# %% ../nbs/06_trainer.ipynb #87d90c64
 import importlib
 import math
 import os
@@ -16,8 +16,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -32,12 +32,12 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# %% ../nbs/06_trainer.ipynb #684ffae5
+# %% ../nbs/06_trainer.ipynb #8e160298
 from .collators import BatchPlan, SummarizationCollator, oversample
 from .core import (ConfigError, DataError, RunError, RunFolder, choose_device, choose_precision, end_as_asked,
                          file_sha256, flush_to_disk, nearest, progress_bar, read_json, stop_signals, write_json,
                          write_jsonl)
-from .tasks import TextModel, apply_tuning, check_tuning
+from .tasks import apply_tuning, check_tuning
 
 # %% ../nbs/06_trainer.ipynb #e33d15ef
 def learning_rate_share(
@@ -50,7 +50,7 @@ def learning_rate_share(
     if step < rise: return (step + 1) / (rise + 1)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1.0, total - rise))))
 
-# %% ../nbs/06_trainer.ipynb #d4690155
+# %% ../nbs/06_trainer.ipynb #6f98a28e
 @dataclass(frozen=True)
 class TrainerConfig:
     "How to train: everything that changes the weights, and how often to save."
@@ -63,12 +63,13 @@ class TrainerConfig:
     batch_size: int = 32 # Most rows in a batch
     accumulation: int = 1 # Batches a step
     clip: float = 1.0 # Greatest norm of a step's gradient
-    patience: int = 3 # Epochs without a better validation score before training ends
+    patience: int = 3 # Validations without a better score before training ends
     oversampling: float = 0.0 # From 0 (strata as found) to 1 (all equally frequent)
     precision: str = "auto" # "auto", "fp32" or "bf16"
     device: str = "auto" # "auto", "cpu" or "cuda"
     gradient_checkpointing: bool = False # Save memory by computing activations twice
     checkpoint_seconds: float = 120.0 # Seconds between two checkpoints within an epoch
+    evaluation_interval: int = 1 # Epochs from one validation to the next; the last epoch always has one
     tracker: str = "" # A tracker that Accelerate knows, such as "tensorboard"; "" for none
     seed: int = 0 # Decides batches, oversampling and dropout
     task_weights: dict[str, float] = field(default_factory=dict) # Task → weight of its loss and its error; else 1
@@ -97,21 +98,23 @@ def mixture(
     for name in sorted(ideal, key=lambda one: drawn[one] - ideal[one])[:total - sum(drawn.values())]: drawn[name] += 1
     return drawn
 
-# %% ../nbs/06_trainer.ipynb #95fdb995
+# %% ../nbs/06_trainer.ipynb #828d870c
 class Trainer:
     "Trains one model on its task or tasks; `fit` begins a run or goes on with it."
     def __init__(
         self,
-        model: TextModel, # Tuning applied, head started
+        model: Any, # A `TextModel`, or a module with `tasks`, `heads` and `encoder`; tuning applied, head started
         train: Sequence[dict[str, Any]], # `input_ids` or `embedding`, `labels`, `stratum`; `task` if there are several
         validation: Sequence[dict[str, Any]], # Examples that choose the epoch
         config: TrainerConfig, # How to train
         run: RunFolder, # Gets status, history and checkpoints
         pad_id: int = 0, # Fills up the shorter texts
+        judge: Callable[[], dict[str, float]] = dict, # More figures of the validation rows, such as of written texts
     ) -> None:
         if not train or not validation:
             raise DataError(f"{len(train)} training and {len(validation)} validation rows: both are needed")
         self.train, self.validation, self.config, self.run, self.raw_model = train, validation, config, run, model
+        self.judge = judge
         self._take_tasks(pad_id)
         device = choose_device(config.device)
         self.precision = choose_precision(config.precision, device)
@@ -127,8 +130,8 @@ class Trainer:
                                       "best": None, "best_epoch": 0}
         self.history: list[dict[str, Any]] = []
 
-# %% ../nbs/06_trainer.ipynb #aa823c36
-def _parameter_groups(model: TextModel, config: TrainerConfig) -> list[dict[str, Any]]:
+# %% ../nbs/06_trainer.ipynb #6f32bd96
+def _parameter_groups(model: torch.nn.Module, config: TrainerConfig) -> list[dict[str, Any]]:
     "The pretrained and the fresh, each with and without decay; each group with its peak learning rate."
     learning = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
     prefixes = getattr(model, "fresh", ("heads.",))
@@ -531,11 +534,27 @@ def _error(self: Trainer, validation: dict[str, float]) -> float:
         errors[name] = self.weights[name] * validation[key]
     return sum(errors.values()) / sum(self.weights.values())
 
-# %% ../nbs/06_trainer.ipynb #50789e8a
+# %% ../nbs/06_trainer.ipynb #cc632282
+_WATCHERS: list[Callable[[dict[str, Any]], None]] = []
+
+@contextmanager
+def watch_epochs(
+    watcher: Callable[[dict[str, Any]], None], # Gets each validated epoch's history row; what it raises ends the run
+) -> Iterator[None]:
+    "Have every training inside tell its epochs."
+    _WATCHERS.append(watcher)
+    try: yield
+    finally: _WATCHERS.remove(watcher)
+
+@patch
+def _tell_watchers(self: Trainer, rows: Sequence[dict[str, Any]]) -> None:
+    for row in rows if self.accelerator.is_main_process else ():
+        for watcher in list(_WATCHERS): watcher(row)
+
 @patch
 def _record(self: Trainer) -> bool:
     "Measure the epoch, write the history, and say whether it is the best so far."
-    validation, seen = self.evaluate(self.validation), self.evaluate(self.sample)
+    validation, seen = self.evaluate(self.validation) | self.judge(), self.evaluate(self.sample)
     error, mix = self._error(validation), self._mix(self.state["epoch"]) if self.several else {}
     best = self.state["best"] is None or error < self.state["best"]
     row = {"epoch": self.state["epoch"], "step": self.state["step"]} | self._losses()
@@ -546,9 +565,10 @@ def _record(self: Trainer) -> bool:
     self.history.append(row)
     if best: self.state |= {"best": error, "best_epoch": self.state["epoch"]}
     if self.accelerator.is_main_process: self._announce(row, mix)
+    self._tell_watchers([row])
     return best
 
-# %% ../nbs/06_trainer.ipynb #7ca4dc59
+# %% ../nbs/06_trainer.ipynb #b074f632
 @patch
 def _announce(self: Trainer, row: dict[str, Any], mix: dict[str, dict[str, int]]) -> None:
     "Write an epoch's figures, print them, and hand them to the tracker."
@@ -571,7 +591,7 @@ def _lines(self: Trainer, row: dict[str, Any], mix: dict[str, dict[str, int]]) -
         error = f"val {head.monitor.replace('_', ' ')} {row[f'val_{name}_{head.monitor}']:.4f}"
         yield f"  {name}: {rows:,} rows ({rows / total:.0%}), {batches:,} batches, {tokens:,} tokens; {error}"
 
-# %% ../nbs/06_trainer.ipynb #d1933118
+# %% ../nbs/06_trainer.ipynb #bc6c62ba
 @patch
 def fit(self: Trainer) -> list[dict[str, Any]]: # The history, one row an epoch
     "Train, or go on where the run was stopped; the best epoch's weights stay in the model."
@@ -594,22 +614,26 @@ def _begin(self: Trainer) -> None:
     for name, numbers in self._by_task(self.validation).items():
         chosen = sorted(draw.permutation(len(self.rows[name]))[:len(numbers)])
         self.sample += [self.train[self.rows[name][place]] for place in chosen]
-    if self._resume() and self.accelerator.is_main_process:
-        print(f"going on at epoch {self.state['epoch']}, step {self.state['step']} of {self.total_steps}", flush=True)
+    if self._resume():
+        if self.accelerator.is_main_process:
+            epoch, step = self.state["epoch"], self.state["step"]
+            print(f"going on at epoch {epoch}, step {step} of {self.total_steps}", flush=True)
+        self._tell_watchers(self.history)
     if self.config.tracker: self.accelerator.init_trackers("leximl")
 
 @patch
 def _is_over(self: Trainer) -> bool:
-    "Whether all epochs are done, or the last ones brought nothing."
-    stale = len(self.history) - max(self.state["best_epoch"], self.staged)
+    "Whether all epochs are done, or the last validations brought nothing."
+    stale = sum(row["epoch"] > max(self.state["best_epoch"], self.staged) for row in self.history)
     return self.state["epoch"] > self.config.epochs or stale >= self.config.patience
 
-# %% ../nbs/06_trainer.ipynb #25c5e70d
+# %% ../nbs/06_trainer.ipynb #66a22272
 @patch
 def _full_epoch(self: Trainer, bar: Any) -> None:
-    "Train an epoch, measure it, save it."
+    "Train an epoch, measure it where that is due, save it."
     self._epoch(bar)
-    best = self._record()
+    due = self.state["epoch"] % self.config.evaluation_interval == 0 or self.state["epoch"] == self.config.epochs
+    best = due and self._record()
     self.state |= {"epoch": self.state["epoch"] + 1, "batch": 0, "sums": {},
                    "saves": self.state.get("saves", 0) + 1, "seconds": self._seconds()}
     self.began = time.monotonic()
@@ -618,7 +642,7 @@ def _full_epoch(self: Trainer, bar: Any) -> None:
     self._tell("running")
     self.accelerator.wait_for_everyone()
 
-# %% ../nbs/06_trainer.ipynb #c9573fa4
+# %% ../nbs/06_trainer.ipynb #22030018
 @patch
 def gradient_conflict(
     self: Trainer,
@@ -651,7 +675,7 @@ def _cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         sums += [float(first @ second), float(first @ first), float(second @ second)]
     return float(sums[0] / np.sqrt(sums[1] * sums[2])) if sums[1] * sums[2] else 0.0
 
-# %% ../nbs/06_trainer.ipynb #bec0b949
+# %% ../nbs/06_trainer.ipynb #360238e8
 def launch(
     function: str, # What each process runs: "module:function"
     argument: str, # The one text it gets
@@ -669,7 +693,7 @@ def launch(
         for line in running.stdout or (): print(line, end="", flush=True)
     if running.returncode: raise RunError(f"{processes} processes ended with code {running.returncode}: see above")
 
-# %% ../nbs/06_trainer.ipynb #0c7b8766
+# %% ../nbs/06_trainer.ipynb #87da04d6
 def run_share(
     function: str, # "module:function"
     argument: str, # The one text it gets
@@ -681,14 +705,15 @@ def run_share(
     module, name = function.split(":")
     getattr(importlib.import_module(module), name)(argument)
 
-# %% ../nbs/06_trainer.ipynb #be2fd315
+# %% ../nbs/06_trainer.ipynb #557b34b8
 def recipe_trainer(
     parameters: Any, # Of a recipe: `tuning`, `device`, `seed`, and settings by the names of `TrainerConfig`
-    model: TextModel, # As built
+    model: Any, # A `TextModel`, or a module with `tasks`, `heads` and `encoder`; as built
     examples: dict[str, list[dict[str, Any]]], # "train" and "val" → examples
     run: RunFolder, # Gets status, history and checkpoints
     pad_id: Any, # The tokenizer's padding id
     frozen_layers: int = 0, # With tuning "full": lowest encoder layers that stay as they are
+    judge: Callable[[], dict[str, float]] = dict, # More figures of the validation rows
     **settings: Any, # More of `TrainerConfig`; they win over the parameters
 ) -> Trainer: # Ready to fit
     "The one trainer, with a recipe's settings; exactly the parameters of the tuning mode learn."
@@ -697,4 +722,4 @@ def recipe_trainer(
     counts = check_tuning(apply_tuning(model, parameters.tuning, frozen_layers), parameters.tuning, frozen_layers)
     run.update_manifest(parameters_learning=counts, device=choose_device(parameters.device), seed=parameters.seed)
     print(f"{counts['trainable']:,} of {counts['total']:,} parameters learn (tuning {parameters.tuning})", flush=True)
-    return Trainer(model, examples["train"], examples["val"], config, run, pad_id)
+    return Trainer(model, examples["train"], examples["val"], config, run, pad_id, judge)

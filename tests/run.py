@@ -316,6 +316,15 @@ def _() -> str:
     return f"{seconds:.0f} s"
 
 
+# --- The search
+
+
+@check("the search under fire")
+def _() -> str:
+    ended = succeed(execute(sys.executable, ROOT / "tests" / "search_trial.py", **OFFLINE))
+    return ended.text.splitlines()[-1]
+
+
 # --- Counting
 
 
