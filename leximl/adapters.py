@@ -571,7 +571,7 @@ def _save_texts(
                         "scores": {name: found[k] for name, found in scores.items()}} for k, row in enumerate(rows)))
     return {key: float(np.mean([one[key] for one in scores[TRAINED]])) for key in scores[TRAINED][0]}
 
-# %% ../nbs/15_adapters.ipynb #3b5b9fd8
+# %% ../nbs/15_adapters.ipynb #37176aec
 @dataclass
 class JudgedAdapter:
     "What the adapter is worth, beside its floors."
@@ -596,7 +596,7 @@ def judge(
     scores = {name: {key: bootstrap(values) for key, values in one.items()} for name, one in table.items()}
     return JudgedAdapter(scores, differences, verdict_of(rules), rows)
 
-# %% ../nbs/15_adapters.ipynb #df9ce9f0
+# %% ../nbs/15_adapters.ipynb #ff1c5aad
 def plot_history(
     trained: TrainedAdapter, # A finished run
 ) -> Any: # A figure
@@ -620,7 +620,7 @@ def plot_history(
     plt.close(figure)
     return figure
 
-# %% ../nbs/15_adapters.ipynb #fdbaf699
+# %% ../nbs/15_adapters.ipynb #8f4824be
 def report_markdown(
     trained: TrainedAdapter, # A finished run
     judged: JudgedAdapter, # Its judgement
@@ -641,7 +641,7 @@ def report_markdown(
 def _to_three(interval: Interval) -> str:
     return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
 
-# %% ../nbs/15_adapters.ipynb #00f5981c
+# %% ../nbs/15_adapters.ipynb #23faaa9b
 ABLATION = {"cross-entropy only": (0, 0), "+ drift": (1, 0), "+ contrastive": (0, 1), "+ both": (1, 1)} # Weights kept
 
 def ablate(
@@ -659,7 +659,7 @@ def ablate(
             found.setdefault(name, []).append(max(row["val_composite"] for row in history))
     return found
 
-# %% ../nbs/15_adapters.ipynb #59356ccc
+# %% ../nbs/15_adapters.ipynb #39652692
 def ablation_table(
     found: dict[str, list[float]], # From `ablate`
 ) -> str: # Markdown
@@ -671,7 +671,7 @@ def ablation_table(
              for name, one, around, gain in zip(found, table, spread, table - table[0])]
     return "\n".join(["| losses | composite | spread | beside the first | by seed |", "|---|---|---|---|---|", *lines])
 
-# %% ../nbs/15_adapters.ipynb #1968f8fc
+# %% ../nbs/15_adapters.ipynb #4ebf41a2
 class LoadedAdapter:
     "An adapter with its language model, ready for embeddings."
     def __init__(

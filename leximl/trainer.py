@@ -487,10 +487,11 @@ def _steps(self: Trainer, epoch: int) -> list[list[list[int]]]:
     size = self.config.accumulation
     return [mine[start:start + size] for start in range(0, len(mine), size)]
 
-# %% ../nbs/06_trainer.ipynb #2211e19f
+# %% ../nbs/06_trainer.ipynb #86ecb9c0
 @patch
 def _epoch(self: Trainer, bar: Any) -> None:
-    "Train the rest of the epoch in hand."
+    "Train the rest of the epoch in hand; whoever measured or wrote before may have left the model without dropout."
+    self.model.train()
     steps = self._steps(self.state["epoch"])
     for micro in steps[self.state["batch"]:]:
         for name, (loss, rows) in self._step(micro).items(): _add(self.state["sums"], name, loss, rows)
