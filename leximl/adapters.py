@@ -344,8 +344,9 @@ def _centre(language_model: PreTrainedModel, examples: Sequence[dict[str, Any]])
     means = [words.weight[one["input_ids"][-one["labels"]:]].float().mean(0) for one in examples]
     return torch.stack(means).mean(0)
 
-# %% ../nbs/15_adapters.ipynb #6a01f364
+# %% ../nbs/15_adapters.ipynb #43a4927f
 GREEDY = GenerationConfig(no_repeat_ngram=3) # The likeliest token, but no three tokens twice
+_CROWDED = 0.8 # Share of texts going on below which the finished ones leave the batch: each leaving copies the cache
 
 @torch.inference_mode()
 def generate_summaries(
@@ -379,7 +380,7 @@ def _read_prefix(language_model: Any, ids: list[int]) -> Any:
     given = torch.tensor([ids], device=language_model.device)
     return language_model(input_ids=given, use_cache=True, logits_to_keep=1).past_key_values
 
-# %% ../nbs/15_adapters.ipynb #9ca24cef
+# %% ../nbs/15_adapters.ipynb #9b451564
 def _write(
     language_model: Any, prefix: Any, soft: Tensor, after: Tensor, end_id: Any, config: GenerationConfig,
     draw: torch.Generator,
@@ -390,16 +391,19 @@ def _write(
     if cache.get_seq_length(): cache.batch_repeat_interleave(len(soft))
     told = torch.cat([soft[:, None].to(words.weight.dtype), words(after).expand(len(soft), -1, -1)], 1)
     given, written = {"inputs_embeds": told}, torch.zeros(len(soft), 0, dtype=torch.long, device=soft.device)
+    going = torch.ones_like(rows, dtype=torch.bool)
     for _ in range(config.max_new_tokens):
         scores = language_model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].float()
         tokens = choose_tokens(config.adjust(scores, written), config, draw)
-        going = tokens != end_id
-        if not going.all():
-            rows, tokens, written = rows[going], tokens[going], written[going]
-            if not len(rows): break
+        going &= tokens != end_id
+        for row, token in zip(rows[going].tolist(), tokens[going].tolist()): found[row].append(token)
+        written = torch.cat([written, tokens[:, None]], 1)
+        left = int(going.sum())
+        if not left: break
+        if left < _CROWDED * len(rows):
             cache.batch_select_indices(going.nonzero()[:, 0])
-        for row, token in zip(rows.tolist(), tokens.tolist()): found[row].append(token)
-        given, written = {"input_ids": tokens[:, None]}, torch.cat([written, tokens[:, None]], 1)
+            rows, tokens, written, going = rows[going], tokens[going], written[going], going[going]
+        given = {"input_ids": tokens[:, None]}
     return found
 
 # %% ../nbs/15_adapters.ipynb #a21d4528
