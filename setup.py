@@ -10,7 +10,8 @@ settings = parser["DEFAULT"]
 
 extras = {key.removesuffix("_requirements"): value.split()
           for key, value in settings.items() if key.endswith("_requirements")}
-extras["all"] = sorted({requirement for name, extra in extras.items() if name != "dev" for requirement in extra})
+apart = {"dev", "trackio", "mlflow", "wandb"}  # trackers bring servers of their own; whoever wants one names it
+extras["all"] = sorted({requirement for name, extra in extras.items() if name not in apart for requirement in extra})
 
 setup(
     name=settings["lib_name"],

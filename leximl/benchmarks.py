@@ -7,9 +7,9 @@ __all__ = ['BATCH', 'INSTRUCTION', 'BenchmarkParameters', 'take_turns', 'naive_s
            'make_stand_in', 'random_articles', 'resident_megabytes', 'watch_memory', 'make_peers', 'random_batch',
            'peak_gflops', 'step_gigaflops', 'compare_steps', 'compare_generation', 'compare_memory', 'summary_examples',
            'compare_epoch', 'compare_classifier_training', 'make_quick_classifier', 'compare_classifying',
-           'compare_soft_writing', 'compare_int8']
+           'compare_soft_writing', 'compare_story_training', 'compare_int8']
 
-# %% ../nbs/21_benchmarks.ipynb #b34af9ea
+# %% ../nbs/21_benchmarks.ipynb #a44be0f2
 import copy
 import io
 import os
@@ -18,7 +18,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase, T5Confi
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/21_benchmarks.ipynb #aa7978d0
+# %% ../nbs/21_benchmarks.ipynb #f8e4e678
 from .adapters import LoadedAdapter, generate_summaries
 from .calibration import fit_calibration, fit_intervals
 from .classifiers import (ClassifierParameters, LoadedClassifier, PreparedTexts, Pupil, class_probabilities,
@@ -43,19 +43,25 @@ from .classifiers import judge as judge_classifier
 from .classifiers import make_trainer as make_classifier_trainer
 from .classifiers import prepare as prepare_texts
 from .classifiers import train as train_classifier
-from .collators import BatchPlan, SummarizationCollator, padding_share
+from .collators import BatchPlan, SummarizationCollator, TopicCollator, padding_share
 from .core import ConfigError, ParameterError, Parameters, RunFolder, seed_everything, write_json, write_text
 from .data import article_text, check_summary
 from .distillation import LoadedFilter, load_filter
 from .language_models import encode_prompt, place_vectors
 from .metrics import rouge_scores, wilson_interval
 from .multitask import LoadedTasks, write_summaries
+from .story_models import StoryModel, encode_stories, new_story_model
+from .story_networks import PADDING
+from .story_runs import StoryParameters
+from .story_runs import prepare as prepare_stories
+from .story_training import StoryHyperparameters, TransformerTrainer, check_hyperparameters
 from .summary_data import PROMPT
 from .t5_weights import TransformerConfig
 from .tasks import Task, TextModel, build_model, load_tokenizer, minilm_folder, save_model
+from .trainer import learning_rate_share
 from .transformer import GenerationConfig, Linear, Transformer, kept_megabytes
 
-# %% ../nbs/21_benchmarks.ipynb #1633c1c8
+# %% ../nbs/21_benchmarks.ipynb #ff5ec276
 class BenchmarkParameters(Parameters):
     "Parameters of `benchmark.ipynb`: on which filter, articles and models to measure, and how often."
     folder: str = Field("", description="Deployed filter; empty takes filters/uplifting/v1, trained if need be")
@@ -69,6 +75,7 @@ class BenchmarkParameters(Parameters):
     epoch_articles: int = Field(24, ge=8, description="Articles in the epoch of training")
     texts: str = Field("demo", description="Labelled texts on which a classifier is trained and asked: a dataset")
     adapter: str = Field("", description="Folder adapter/ of a run; empty skips writing from embeddings")
+    stories: str = Field("", description="Stories on which training is timed: a file or folder; empty makes some")
     writer: str = Field("", description="Artifacts of a run that learnt summaries; empty skips the cost of int8")
     writer_data: str = Field("", description="JSON Lines of source and summary; empty takes the samples that ship")
 
@@ -529,7 +536,71 @@ def _generated(loaded: LoadedAdapter, prompt: str, vectors: Tensor, length: int,
         found += [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return found
 
-# %% ../nbs/21_benchmarks.ipynb #5e4e266f
+# %% ../nbs/21_benchmarks.ipynb #287f9b58
+def _plain_training(network: Any, train: list[dict[str, Any]], valid: list[dict[str, Any]],
+                    asked: StoryHyperparameters, epochs: int) -> None:
+    "What one writes by hand: the same batches, optimiser, schedule, clipping and measuring, no file."
+    plan, lengths = BatchPlan(asked.token_budget, asked.batch_size), [len(one["input_ids"]) for one in train]
+    decayed = [[one for one in network.parameters() if (one.dim() > 1) == whole] for whole in (True, False)]
+    optimizer = torch.optim.AdamW([{"params": decayed[0], "weight_decay": asked.weight_decay},
+                                   {"params": decayed[1], "weight_decay": 0.0}], lr=asked.learning_rate, fused=True)
+    rounds = [plan.batches(lengths, asked.seed, epoch) for epoch in range(1, epochs + 1)]
+    total, steps = sum(map(len, rounds)), iter(range(10**9))
+    for batches in rounds:
+        network.train()
+        for numbers in batches:
+            loss = _answered(network, [train[number] for number in numbers])[0]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), asked.clip)
+            share = learning_rate_share(next(steps), total, asked.warmup)
+            for group in optimizer.param_groups: group["lr"] = asked.learning_rate * share
+            optimizer.step()
+            optimizer.zero_grad()
+            loss.item()
+        for part in (valid, train[:len(valid)]): _measured(network, plan, part)
+
+# %% ../nbs/21_benchmarks.ipynb #23b12db2
+def _answered(network: Any, examples: list[dict[str, Any]]) -> tuple[Tensor, int]:
+    "Loss and number of right answers of a batch."
+    batch = TopicCollator(PADDING)(examples)
+    labels = batch.pop("labels")
+    outputs = network(**batch, task="answer")["answer"]
+    return network.heads["answer"].loss(outputs, labels), int((outputs.argmax(-1) == labels).sum())
+
+@torch.no_grad()
+def _measured(network: Any, plan: BatchPlan, part: list[dict[str, Any]]) -> tuple[float, float]:
+    "Loss and share of right answers."
+    network.eval()
+    found = [_answered(network, [part[number] for number in numbers])
+             for numbers in plan.in_order([len(one["input_ids"]) for one in part])]
+    return float(np.mean([loss.item() for loss, _ in found])), sum(right for _, right in found) / len(part)
+
+def _train_kept(model: StoryModel, train: list[dict[str, Any]], valid: list[dict[str, Any]], epochs: int) -> None:
+    "Train as a run does: a history, checkpoints, the best epochs' weights."
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with RunFolder(folder, {}).start() as run:
+            TransformerTrainer(run).train(model, train, valid, train, valid, {}, epochs)
+
+# %% ../nbs/21_benchmarks.ipynb #649df979
+def compare_story_training(
+    parameters: StoryParameters, # Which stories
+    epochs: int = 6, # Of each training, at least 1
+    rounds: int = 3, # Rounds, in which both ways take turns
+) -> dict[str, Any]: # `table`: way → seconds an epoch, stories a second; `ratios`
+    "Train the transformer here, and by a plain loop that measures the same and keeps nothing."
+    prepared, asked = prepare_stories(parameters), check_hyperparameters(TransformerTrainer.hyperparameters, {})
+    model = new_story_model("transformer", prepared.train, device="cpu")
+    train, valid = (encode_stories(part, model.vocabulary) for part in (prepared.train, prepared.valid))
+    def plain() -> None: _plain_training(copy.deepcopy(model.network), train, valid, asked, epochs)
+    def kept() -> None:
+        fresh = copy.copy(model)
+        fresh.network = copy.deepcopy(model.network)
+        _train_kept(fresh, prepared.train, prepared.valid, epochs)
+    seconds = {name: one / epochs for name, one in take_turns({"plain loop": plain, "leximl": kept}, rounds).items()}
+    table = {name: {"seconds an epoch": one, "stories a second": len(train) / one} for name, one in seconds.items()}
+    return {"table": table, "ratios": {"training on stories": seconds["plain loop"] / seconds["leximl"]}}
+
+# %% ../nbs/21_benchmarks.ipynb #be889e4e
 def compare_int8(
     folder: str | Path, # `artifacts/` of a multi-task run that learnt summaries
     records: Sequence[dict[str, Any]], # Each with `source` and `summary`

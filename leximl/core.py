@@ -11,7 +11,7 @@ __all__ = ['LONGEST_LINE', 'SECRET_NAME', 'SECRET_VALUE', 'ParametersType', 'Lex
            'parameters_table', 'check_parameters', 'take_parameters', 'StopRequest', 'stop_signals', 'end_as_asked',
            'progress_bar']
 
-# %% ../nbs/00_core.ipynb #4623f5e4
+# %% ../nbs/00_core.ipynb #719d6730
 import ast
 import ctypes
 import difflib
@@ -28,9 +28,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, ClassVar, TypeVar
 
 # %% ../nbs/00_core.ipynb #10821a0d
 from fastcore.basics import patch
@@ -390,20 +390,22 @@ def choose_precision(
     "The arithmetic of a run: bf16 on CUDA, fp32 on a CPU, unless one is asked for."
     return ("bf16" if device == "cuda" else "fp32") if precision == "auto" else precision
 
-# %% ../nbs/00_core.ipynb #7f44fed3
+# %% ../nbs/00_core.ipynb #f4a5ab03
 class Parameters(BaseModel):
     "Base of a run's parameters: typed, closed and unchangeable."
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    shipped: ClassVar[str] = "" # First part of the names of the configurations that ship; "" for none
     config: str = Field("", description="YAML file with parameters; what `-p` gives wins over it")
     @classmethod
     def config_file(
         cls,
-        config: str, # What `config` was given
+        config: str, # A YAML file, or the name of a configuration that ships, such as "full"
     ) -> Path: # The YAML file to read
-        "The file that `config` means; a recipe that ships configurations knows them by name."
-        return Path(config)
+        "The file that `config` means."
+        file = Path(str(resources.files("leximl")))/"assets"/"configs"/f"{cls.shipped}_{config}.yaml"
+        return file if cls.shipped and file.is_file() else Path(config)
 
-# %% ../nbs/00_core.ipynb #e32c2b44
+# %% ../nbs/00_core.ipynb #21e559a8
 def parameters_cell(
     model: type[Parameters], # A recipe's parameters
 ) -> str: # Code with one annotated, commented default a line
@@ -420,7 +422,7 @@ def _type_name(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", None)
     return type(choices[0]).__name__ if choices else annotation.__name__
 
-# %% ../nbs/00_core.ipynb #da179b10
+# %% ../nbs/00_core.ipynb #fb5d292d
 def parameters_table(
     model: type[Parameters], # A recipe's parameters
 ) -> str: # A Markdown table
@@ -434,7 +436,7 @@ def _choices(annotation: Any) -> str:
     choices = getattr(annotation, "__args__", None)
     return ", ".join(f"`{choice}`" for choice in choices) if choices else annotation.__name__
 
-# %% ../nbs/00_core.ipynb #5f2bc9e2
+# %% ../nbs/00_core.ipynb #653a5c8e
 SECRET_NAME = re.compile(r"(api_?key|secret|passw(or)?d|credential|auth|access_?key|(^|_)token$)", re.I)
 SECRET_VALUE = re.compile(r"^(sk-|hf_|AIza|gh[pousr]_|xox[bp]-|AKIA)[\w-]{12,}$")
 
@@ -466,7 +468,7 @@ def check_parameters(
     except ValidationError as error:
         raise ParameterError("; ".join(_explain(dict(one), model) for one in error.errors())) from None
 
-# %% ../nbs/00_core.ipynb #f5f15d57
+# %% ../nbs/00_core.ipynb #cfd0feb0
 def _injected_names(namespace: dict[str, Any]) -> set[str]:
     "The names that papermill's injected cells assign."
     cells = [source for source in namespace.get("In", []) if source.startswith("# Parameters\n")]
@@ -486,7 +488,7 @@ def take_parameters(
     from_yaml = read_yaml(model.config_file(checked.config)) if checked.config else {}
     return check_parameters(model, from_yaml | {name: asked[name] for name in given})
 
-# %% ../nbs/00_core.ipynb #7fa38d38
+# %% ../nbs/00_core.ipynb #0799721d
 @dataclass
 class StopRequest:
     "A signal that asks to stop."
@@ -514,7 +516,7 @@ def stop_signals() -> Iterator[StopRequest]: # Filled when a signal comes
         if getattr(outer, "__qualname__", "").startswith("stop_signals."): outer(stop.number, None) # hears of it too
         for one, parent in zip(pollers, parents): one.parent_pid = parent
 
-# %% ../nbs/00_core.ipynb #6e2ee91a
+# %% ../nbs/00_core.ipynb #991e0c2d
 def end_as_asked(
     stop: StopRequest, # Noted by `stop_signals`
 ) -> None:
@@ -522,7 +524,7 @@ def end_as_asked(
     if stop.number == signal.SIGINT: raise KeyboardInterrupt
     if stop.number: raise SystemExit(128 + stop.number)
 
-# %% ../nbs/00_core.ipynb #669bd9bf
+# %% ../nbs/00_core.ipynb #f891ddf3
 def progress_bar(
     total: int | None, # Steps in all, if known
     description: str, # What is being done

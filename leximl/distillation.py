@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'REPORT_ONLY', 'HEAD_DROPOUT', 'GENERATED', 'NOT_SCORED', 'TrainingParameters', 'Prepared', 'true_tiers',
-           'prepare', 'tokenize', 'embed', 'embed_once', 'open_run', 'Student', 'make_student', 'make_trainer',
+           'prepare', 'tokenize', 'embed', 'embed_once', 'run_identity', 'Student', 'make_student', 'make_trainer',
            'start_head', 'fit_share', 'constant_baselines', 'untrained_baseline', 'ridge_baseline', 'predictions',
            'Trained', 'train', 'judge', 'fit_both', 'deploy', 'training_metadata', 'report_facts', 'report',
            'EvaluationParameters', 'evaluate', 'deployed_or_default', 'fail_if', 'prepare_training_data', 'out_of_fold',
            'outlier_labels', 'conflicting_labels', 'flat_dimensions', 'same_dimensions', 'LabelQuality',
            'label_quality', 'check_labels', 'LoadedFilter', 'load_filter']
 
-# %% ../nbs/12_distillation.ipynb #c2ef6f4f
+# %% ../nbs/12_distillation.ipynb #c3d887ce
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_tensors
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/12_distillation.ipynb #64774808
+# %% ../nbs/12_distillation.ipynb #9cc9b25b
 from .calibration import Calibration, ConformalIntervals, fit_calibration, fit_intervals, labeller_agreement
 from .collators import BatchPlan, RegressionCollator
 from .core import (DataError, ParameterError, Parameters, Quarantine, RunError, RunFolder, atomic_path,
@@ -44,7 +45,7 @@ from .reports import (Evaluation, Table, VerdictRules, evaluate_run, evaluation_
                             write_training_report)
 from .tasks import (Task, TextModel, build_model, check_tuning, load_encoder, load_model,
                           load_tokenizer, save_model, tokenize_texts)
-from .trainer import Trainer, launch, recipe_trainer, replace_folder
+from .trainer import Trainer, launch, recipe_run, recipe_trainer, replace_folder
 
 # %% ../nbs/12_distillation.ipynb #685a3fc1
 class TrainingParameters(Parameters):
@@ -188,21 +189,19 @@ def embed_once(
     with atomic_path(path) as temporary: save_file({"embedding": found}, temporary)
     return found
 
-# %% ../nbs/12_distillation.ipynb #02436972
+# %% ../nbs/12_distillation.ipynb #a45e2ae7
 REPORT_ONLY = {"out", "restart", "config", "agreement", "tracker", "data"} # Don't count: data counts by its content
 
-def open_run(
+def run_identity(
     parameters: TrainingParameters, # Settled
     prepared: Prepared, # The data
-) -> RunFolder: # Locked for this process
-    "The run's folder, found again or made anew."
+) -> dict[str, Any]: # JSON-able
+    "What decides the weights of a run."
     definition, folder = prepared.filter.definition, prepared.filter.folder
     files = [folder/name for name in ("config.yaml", "prefilter.yaml", "prompt.md") if (folder/name).exists()]
     asked = parameters.model_dump(exclude=REPORT_ONLY) | {"filter": f"{definition.name}/{definition.version}"}
-    identity = {"parameters": asked, "data": prepared.facts["fingerprint"],
-                "filter": {file.name: file_sha256(file) for file in files}}
-    name = f"train-{definition.name}-{fingerprint(identity)[:10]}"
-    return RunFolder(parameters.out or project_folder()/"runs"/name, identity).start(parameters.restart)
+    return {"parameters": asked, "data": prepared.facts["fingerprint"],
+            "filter": {file.name: file_sha256(file) for file in files}}
 
 # %% ../nbs/12_distillation.ipynb #8df6aad0
 @dataclass
@@ -378,16 +377,15 @@ class Trained:
     run: RunFolder # Predictions, model, manifest and history
     history: list[dict[str, Any]] # One row an epoch
 
-# %% ../nbs/12_distillation.ipynb #4a705f5f
+# %% ../nbs/12_distillation.ipynb #37c3a5d3
 def train(
     parameters: TrainingParameters, # What was asked for
     prepared: Prepared, # From `prepare`
 ) -> Trained: # The finished run
     "Train, or go on, or find the finished run; predictions and model are then in its folder."
     parameters = parameters.settled()
-    with open_run(parameters, prepared) as run:
-        if run.state != "finished": _train(parameters, prepared, run)
-        else: print("this run is finished and is reported again without training; restart=True trains anew")
+    identity, name = run_identity(parameters, prepared), f"train-{prepared.filter.definition.name}"
+    run = recipe_run(name, identity, parameters, partial(_train, parameters, prepared))
     return Trained(parameters, prepared, run, [row for _, row in read_jsonl(run.path/"history.jsonl")])
 
 # %% ../nbs/12_distillation.ipynb #46186593

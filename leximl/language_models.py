@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLACE', 'train_tokenizer', 'encode_prompt', 'place_vectors', 'PromptCollator', 'HintCollator', 'wanted_logits',
-           'text_cross_entropy', 'NextTokenHead', 'LanguageModel', 'median_norm', 'SmallModel', 'hinted_examples',
-           'small_language_model', 'make_language_model']
+           'text_cross_entropy', 'mean_by_text', 'NextTokenHead', 'LanguageModel', 'median_norm', 'SmallModel',
+           'hinted_examples', 'small_language_model', 'make_language_model']
 
 # %% ../nbs/14c_language_models.ipynb #49fad1a9
 import random
@@ -101,7 +101,7 @@ class HintCollator(PromptCollator):
         hints = pad_tokens([{"input_ids": one["hint"]} for one in examples], -1)["input_ids"]
         return super().__call__(examples) | {"hint": hints}
 
-# %% ../nbs/14c_language_models.ipynb #633f976a
+# %% ../nbs/14c_language_models.ipynb #80fb9997
 def wanted_logits(
     language_model: PreTrainedModel, # Causal
     wanted: Tensor, # True for the tokens that are to be said [B, S]
@@ -118,8 +118,15 @@ def text_cross_entropy(
     wanted: Tensor, # Where they stand [B, S]
 ) -> Tensor: # Mean over each text's tokens [B]
     "Cross-entropy of each text."
-    losses = functional.cross_entropy(logits, tokens, reduction="none")
-    return torch.zeros(len(wanted), device=losses.device).index_add(0, wanted.nonzero()[:, 0], losses) / wanted.sum(1)
+    return mean_by_text(functional.cross_entropy(logits, tokens, reduction="none"), wanted)
+
+def mean_by_text(
+    values: Tensor, # Of the wanted tokens, row by row: numbers [N] or vectors [N, D]
+    wanted: Tensor, # Where they stand [B, S]
+) -> Tensor: # [B] or [B, D]
+    "The mean over each text's tokens."
+    sums = values.new_zeros(len(wanted), *values.shape[1:]).index_add(0, wanted.nonzero()[:, 0], values)
+    return sums / wanted.sum(1).view(-1, *[1] * (values.dim() - 1))
 
 # %% ../nbs/14c_language_models.ipynb #dd4823ab
 class NextTokenHead(nn.Module):

@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'CHECKS', 'REPORT_ONLY', 'HEADLINES', 'READ', 'MultitaskParameters', 'parse_weights', 'parse_curriculum',
-           'task_settings', 'TaskData', 'PreparedTasks', 'prepare', 'make_examples', 'make_model', 'open_run',
-           'make_trainer', 'write_summaries', 'lead', 'TrainedTasks', 'train', 'save_artifacts', 'LoadedTasks',
-           'score_table', 'plot_history', 'plot_labels', 'cross_attention', 'plot_attention', 'report_markdown']
+           'task_settings', 'TaskData', 'PreparedTasks', 'prepare', 'make_examples', 'make_model', 'make_trainer',
+           'write_summaries', 'lead', 'TrainedTasks', 'train', 'save_artifacts', 'LoadedTasks', 'score_table',
+           'plot_history', 'plot_labels', 'cross_attention', 'plot_attention', 'report_markdown']
 
-# %% ../nbs/13_multitask.ipynb #0cfa786b
+# %% ../nbs/13_multitask.ipynb #5bb635ef
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,11 +24,11 @@ from fastcore.basics import patch
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-# %% ../nbs/13_multitask.ipynb #4d7ae820
+# %% ../nbs/13_multitask.ipynb #21e2c744
 from .calibration import Thresholds, fit_thresholds
 from .collators import BatchPlan, SummarizationCollator
 from .core import (ConfigError, DataError, ParameterError, Parameters, Quarantine, RunFolder,
-                         fingerprint, nearest, project_folder, read_json, read_jsonl, seed_everything, write_json,
+                         nearest, read_json, read_jsonl, seed_everything, write_json,
                          write_jsonl)
 from .data import (Labels, TextPreprocessor, check_labelled_text, check_summary, dataset_config, fit_labels,
                          read_splits, sample_file)
@@ -38,12 +37,13 @@ from .metrics import (classification_scores, majority_labels, majority_predictor
 from .t5_weights import TransformerConfig, check_tokenizer, end_token
 from .tasks import (Task, TextModel, build_multitask_model, load_encoder, load_model,
                           load_tokenizer, save_model, tokenize_texts)
-from .trainer import Trainer, recipe_trainer
+from .trainer import Trainer, recipe_run, recipe_trainer
 from .transformer import CrossAttention, GenerationConfig, Transformer
 
-# %% ../nbs/13_multitask.ipynb #d8cdbebc
+# %% ../nbs/13_multitask.ipynb #53505134
 class MultitaskParameters(Parameters):
     "Parameters of `train_multitask.ipynb`: which tasks, from which data, with which model, trained how."
+    shipped = "multitask"
     summaries: str = Field("", description="{source, summary}: file or folder; empty = the samples, none = left out")
     emotions: str = Field("", description="{text, emotions}: file or folder; empty = the samples, none = left out")
     topics: str = Field("", description="{text, topic}: file or folder; empty = the samples, none = left out")
@@ -75,14 +75,6 @@ class MultitaskParameters(Parameters):
     seed: int = Field(0, ge=0, description="Seed of the split, the order and the weights")
     restart: bool = Field(False, description="Train anew even if this run is finished or begun")
     out: str = Field("", description="The run's folder; empty names it by its fingerprint under runs/")
-    @classmethod
-    def config_file(
-        cls,
-        config: str, # "dev", "medium", "full", or a YAML file
-    ) -> Path: # The YAML file
-        "Configurations that ship, by name."
-        shipped = Path(str(resources.files("leximl")))/"assets"/"configs"/f"multitask_{config}.yaml"
-        return shipped if shipped.is_file() else Path(config)
 
 # %% ../nbs/13_multitask.ipynb #af286437
 def parse_weights(
@@ -264,21 +256,7 @@ def _copy_words(model: TextModel) -> None:
     words, mine = encoder.get_input_embeddings().weight.detach(), head.decoder.embedding.weight
     with torch.no_grad(): mine.copy_(words / words.std() * mine.std())
 
-# %% ../nbs/13_multitask.ipynb #39d436d3
-REPORT_ONLY = {"summaries", "emotions", "topics", "data", "out", "restart", "config", "tracker"} # Data count by content
-
-def open_run(
-    parameters: MultitaskParameters, # As given
-    prepared: PreparedTasks, # The data
-) -> RunFolder: # Locked for this process
-    "The run's folder, found again or made anew."
-    identity = {"parameters": parameters.model_dump(exclude=REPORT_ONLY), "lengths": prepared.lengths,
-                "tokenizer": prepared.tokenizer,
-                "data": {name: one.facts["fingerprint"] for name, one in prepared.tasks.items()}}
-    name = f"multitask-{fingerprint(identity)[:10]}"
-    return RunFolder(parameters.out or project_folder()/"runs"/name, identity).start(parameters.restart)
-
-# %% ../nbs/13_multitask.ipynb #71ee3791
+# %% ../nbs/13_multitask.ipynb #3b0a632a
 def make_trainer(
     parameters: MultitaskParameters, # As given
     model: TextModel, # From `make_model`
@@ -294,7 +272,7 @@ def make_trainer(
     return recipe_trainer(parameters, model, both, run, pad_id, parameters.frozen_layers,
                           **task_settings(parameters, list(examples)))
 
-# %% ../nbs/13_multitask.ipynb #68d40039
+# %% ../nbs/13_multitask.ipynb #7ee638d9
 @torch.no_grad()
 def write_summaries(
     model: TextModel, # With a task "summaries"
@@ -319,7 +297,7 @@ def _batch(ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase) -> dict
     "Texts of about one length, padded."
     return SummarizationCollator(tokenizer.pad_token_id)([{"input_ids": one, "labels": [0]} for one in ids])
 
-# %% ../nbs/13_multitask.ipynb #02865b0a
+# %% ../nbs/13_multitask.ipynb #4dbf02f8
 def lead(
     source: str, # A text
     words: int, # How many
@@ -327,7 +305,7 @@ def lead(
     "The floor of any summary: the beginning of the text."
     return " ".join(source.split()[:words])
 
-# %% ../nbs/13_multitask.ipynb #0667eab8
+# %% ../nbs/13_multitask.ipynb #d978d6c1
 def _judge_emotions(names: Sequence[str], validation: Any, test: Any, untrained: Any, seen: Any) -> dict[str, Any]:
     "Scores of emotions with thresholds from validation, and their floors."
     (held, labels), (probabilities, references) = validation, test
@@ -358,7 +336,9 @@ def _judge_summaries(rows: Sequence[dict[str, Any]], written: Sequence[str]) -> 
             "rows": [{"id": row["id"], "source": row["content"], "reference": row["labels"], "written": one,
                       "rouge_like": rouge_like(one, row["labels"])} for row, one in zip(rows, written)]}
 
-# %% ../nbs/13_multitask.ipynb #59ec2440
+# %% ../nbs/13_multitask.ipynb #34d2bf9e
+REPORT_ONLY = {"summaries", "emotions", "topics", "data", "out", "restart", "config", "tracker"} # Data count by content
+
 @dataclass
 class TrainedTasks:
     "A finished run: its folder, its data, what it learnt and how well."
@@ -373,13 +353,14 @@ def train(
     prepared: PreparedTasks, # From `prepare`
 ) -> TrainedTasks: # The finished run
     "Train, or go on, or find the finished run."
-    with open_run(parameters, prepared) as run:
-        if run.state != "finished": _train(parameters, prepared, run)
-        else: print("this run is finished and is reported again without training; restart=True trains anew")
+    identity = {"parameters": parameters.model_dump(exclude=REPORT_ONLY), "lengths": prepared.lengths,
+                "tokenizer": prepared.tokenizer,
+                "data": {name: one.facts["fingerprint"] for name, one in prepared.tasks.items()}}
+    run = recipe_run("multitask", identity, parameters, partial(_train, parameters, prepared))
     history = [row for _, row in read_jsonl(run.path/"history.jsonl")]
     return TrainedTasks(parameters, prepared, run, history, read_json(run.path/"evaluation.json"))
 
-# %% ../nbs/13_multitask.ipynb #6f9260e6
+# %% ../nbs/13_multitask.ipynb #9d37359c
 def _train(parameters: MultitaskParameters, prepared: PreparedTasks, run: RunFolder) -> None:
     "Examples, model, training, judgement, artifacts."
     prepared.quarantine.save(run.path/"quarantine.jsonl")
@@ -401,7 +382,7 @@ def _predictions(trainer: Trainer, examples: dict[str, Any]) -> dict[str, list[n
     return {name: [trainer.predict(parts[split], name) for split in ("val", "test")]
             for name, parts in examples.items() if KINDS[name] != "sequence"}
 
-# %% ../nbs/13_multitask.ipynb #4ec5daff
+# %% ../nbs/13_multitask.ipynb #c0384097
 def _finish(
     parameters: MultitaskParameters, prepared: PreparedTasks, run: RunFolder, model: TextModel,
     tokenizer: PreTrainedTokenizerBase, trainer: Trainer, examples: dict[str, Any], untrained: dict[str, Any],
@@ -435,7 +416,7 @@ def _save_predictions(path: Path, rows: Any, said: np.ndarray, wanted: np.ndarra
     write_jsonl(path, ({"id": row["id"], "labels": label, "probabilities": one}
                        for row, one, label in zip(rows, said.tolist(), wanted.tolist())))
 
-# %% ../nbs/13_multitask.ipynb #848f0f97
+# %% ../nbs/13_multitask.ipynb #2f1db77b
 def save_artifacts(
     folder: str | Path, # Gets `labels.json`, `hf_tokenizer/` and `model/`
     model: TextModel, # Trained
@@ -451,7 +432,7 @@ def save_artifacts(
     names = {name: list(one.labels.names) for name, one in prepared.tasks.items() if one.labels}
     write_json(folder/"labels.json", names)
 
-# %% ../nbs/13_multitask.ipynb #405cf79d
+# %% ../nbs/13_multitask.ipynb #030d96cd
 class LoadedTasks:
     "A trained model, ready for texts."
     def __init__(
@@ -478,7 +459,7 @@ class LoadedTasks:
             warnings.warn(said, stacklevel=3)
         return ids
 
-# %% ../nbs/13_multitask.ipynb #572c73dc
+# %% ../nbs/13_multitask.ipynb #30d36663
 @patch
 @torch.no_grad()
 def probabilities(
@@ -499,7 +480,7 @@ def probabilities(
         found[list(numbers)] = head.predict(outputs).numpy()
     return found
 
-# %% ../nbs/13_multitask.ipynb #78a4d2ca
+# %% ../nbs/13_multitask.ipynb #d216df29
 @patch
 def topics(
     self: LoadedTasks,
@@ -529,7 +510,7 @@ def summaries(
     length = self.config["lengths"]["summary"]
     return write_summaries(self.model, self.tokenizer, self.read(texts, "source"), length, num_beams)
 
-# %% ../nbs/13_multitask.ipynb #b9c73c62
+# %% ../nbs/13_multitask.ipynb #5c9c7482
 @patch
 def score(
     self: LoadedTasks,
@@ -543,7 +524,7 @@ def score(
     if task == "topics": return classification_scores(found.argmax(-1), references, names)
     return multilabel_scores(Thresholds.from_dict(self.config["thresholds"]).apply(found), references, names)
 
-# %% ../nbs/13_multitask.ipynb #2268b0e1
+# %% ../nbs/13_multitask.ipynb #bbeefccf
 HEADLINES = {"summaries": "rougeL", "emotions": "macro_f1", "topics": "accuracy"} # Task → its leading score
 
 def score_table(
@@ -562,7 +543,7 @@ def _is_estimate(name: str, value: Any) -> bool:
     "Whether a score is one number with its interval."
     return isinstance(value, list | tuple) and len(value) == 4 and name not in ("confusion", "classes")
 
-# %% ../nbs/13_multitask.ipynb #14b2193d
+# %% ../nbs/13_multitask.ipynb #d8e6a0ca
 def plot_history(
     history: Sequence[dict[str, Any]], # One row an epoch
     tasks: Sequence[str], # Names of the tasks
@@ -579,7 +560,7 @@ def plot_history(
     axes[0][0].legend()
     return figure
 
-# %% ../nbs/13_multitask.ipynb #569deab1
+# %% ../nbs/13_multitask.ipynb #68b7fca2
 def plot_labels(
     scores: dict[str, Any], # Of `multilabel_scores`
 ) -> Any: # A matplotlib figure
@@ -591,7 +572,7 @@ def plot_labels(
     ax.set(xlabel="F1 on test rows (in brackets: rows with the label)", xlim=(0, 1))
     return figure
 
-# %% ../nbs/13_multitask.ipynb #9e62ead9
+# %% ../nbs/13_multitask.ipynb #a14c6270
 READ = ("input_ids", "attention_mask", "decoder_input_ids") # What the model takes of a batch
 
 def cross_attention(
@@ -612,7 +593,7 @@ def cross_attention(
     read, written = ([str(token) for token in tokenizer.convert_ids_to_tokens(one)] for one in (ids, labels))
     return maps.mean((0, 1, 2)).numpy(), read, written
 
-# %% ../nbs/13_multitask.ipynb #5d8462d3
+# %% ../nbs/13_multitask.ipynb #915116e1
 def plot_attention(
     weights: np.ndarray, # [T, S]
     source: Sequence[str], # Tokens [S]
@@ -628,7 +609,7 @@ def plot_attention(
     ax.set_yticklabels(written, fontsize=7)
     return figure
 
-# %% ../nbs/13_multitask.ipynb #0ff67e53
+# %% ../nbs/13_multitask.ipynb #83fa6be7
 def report_markdown(
     trained: TrainedTasks, # A finished run
 ) -> str: # Markdown

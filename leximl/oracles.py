@@ -6,8 +6,8 @@
 __all__ = ['LONGEST_ANSWER', 'EMBEDDED_TOKENS', 'MOST_EXAMPLES', 'compress', 'article_hash', 'prompt_hash', 'prompt_messages',
            'repair_messages', 'AnswerError', 'Answer', 'parse_answer', 'OracleModel', 'oracle_models', 'find_model',
            'Reply', 'OracleError', 'AuthenticationError', 'RateLimited', 'Unavailable', 'Oracle', 'ChatOracle',
-           'FewShot', 'fit_few_shot', 'EmbeddedOracle', 'ReplayOracle', 'make_oracle', 'canary_articles',
-           'canary_effect']
+           'unit_vectors', 'FewShot', 'fit_few_shot', 'EmbeddedOracle', 'ReplayOracle', 'make_oracle',
+           'canary_articles', 'canary_effect']
 
 # %% ../nbs/11_oracles.ipynb #0606094a
 import asyncio
@@ -436,8 +436,11 @@ def _tokens(usage: Any, messages: Sequence[Mapping[str, str]], text: str) -> tup
     if read: return read, max(wrote, total - read)
     return sum(len(one["content"]) for one in messages) // 3 + 1, len(text) // 3 + 1
 
-# %% ../nbs/11_oracles.ipynb #658f2f84
-def _unit(vectors: np.ndarray) -> np.ndarray:
+# %% ../nbs/11_oracles.ipynb #5bad8e25
+def unit_vectors(
+    vectors: np.ndarray, # [B, D]
+) -> np.ndarray: # [B, D]
+    "Vectors of length 1; one without any length stays."
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 def _line_of(words: np.ndarray, scale: tuple[float, float]) -> np.ndarray:
@@ -460,11 +463,11 @@ class FewShot:
         words: np.ndarray, # Words of each, at least 1 [B]
     ) -> tuple[np.ndarray, np.ndarray]: # Scores [B, K], 0 to 10; similarity to each example [B, N], −1 to 1
         "Scores of articles, and how near they are to each example."
-        similarity = _unit(embeddings - self.centre) @ self.vectors.T
+        similarity = unit_vectors(embeddings - self.centre) @ self.vectors.T
         scores = _line_of(words, self.scale) @ self.line + np.exp(similarity - 1) @ self.weights
         return scores.clip(0, 10), similarity
 
-# %% ../nbs/11_oracles.ipynb #b1bf3532
+# %% ../nbs/11_oracles.ipynb #f4507062
 def _solve(
     kernel: np.ndarray, base: np.ndarray, scores: np.ndarray, smoothing: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -484,7 +487,7 @@ def fit_few_shot(
     "Fit scores to embeddings and lengths."
     logarithms = np.log(words)
     centre, scale = embeddings.mean(0), (float(logarithms.mean()), float(logarithms.std()) or 1.0)
-    vectors, base = _unit(embeddings - centre), _line_of(words, scale)
+    vectors, base = unit_vectors(embeddings - centre), _line_of(words, scale)
     fits = {one: _solve(np.exp(vectors @ vectors.T - 1), base, scores, one) for one in (0.03, 0.1, 0.3, 1.0, 3.0)}
     errors = {one: ((held_out - scores) ** 2).mean(1) for one, (*_, held_out) in fits.items()}
     best = min(errors.values(), key=lambda error: float(error.mean()))

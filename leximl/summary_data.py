@@ -29,11 +29,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
-# %% ../nbs/14b_summary_data.ipynb #95bbde5a
+# %% ../nbs/14b_summary_data.ipynb #0d7440ca
 from .collators import FAST_BATCHES, BatchPlan, pad_tokens
 from .core import (DataError, ParameterError, Quarantine, RunError, RunFolder, atomic_path, choose_device,
                          file_sha256, fingerprint, nearest, progress_bar, read_json, read_jsonl, write_json)
 from .data import SMALLEST_SPLIT, SPLITS, check_summary, data_files, read_splits, sample_file
+from .oracles import unit_vectors
 from .tasks import POOLINGS, default_pooling, load_encoder, load_tokenizer
 
 # %% ../nbs/14b_summary_data.ipynb #e73575f6
@@ -224,11 +225,7 @@ def shared_embeddings(
                               "deal the sources anew with filter_summary_data")
     return 0
 
-# %% ../nbs/14b_summary_data.ipynb #1b5a5680
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    "Vectors of length 1; one without any length stays."
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-
+# %% ../nbs/14b_summary_data.ipynb #6e8be0ba
 @torch.inference_mode()
 def _embed_windows(encoder: Any, windows: Sequence[list[int]], pad_id: int) -> np.ndarray:
     "One vector of length 1 for each window [B, E]."
@@ -242,9 +239,9 @@ def _embed_windows(encoder: Any, windows: Sequence[list[int]], pad_id: int) -> n
             hidden = encoder(**batch).last_hidden_state
             found[numbers] = pool(hidden, batch["attention_mask"]).cpu().numpy()
             bar.update(len(numbers))
-    return _unit(found)
+    return unit_vectors(found)
 
-# %% ../nbs/14b_summary_data.ipynb #ea7292fe
+# %% ../nbs/14b_summary_data.ipynb #ad6d5bfb
 def embed_texts(
     texts: Sequence[str], # Texts [B], at least one
     model: str = "minilm", # Embedding model: "minilm", a folder, or a hub id
@@ -264,7 +261,7 @@ def embed_texts(
     vectors = _embed_windows(encoder, windows, tokenizer.pad_token_id)
     sums = np.zeros((len(texts), vectors.shape[1]))
     np.add.at(sums, owners, vectors * np.array([[len(one)] for one in windows]))
-    return _unit(sums).astype(np.float32), np.bincount(owners, minlength=len(texts))
+    return unit_vectors(sums).astype(np.float32), np.bincount(owners, minlength=len(texts))
 
 # %% ../nbs/14b_summary_data.ipynb #52d0c6a4
 def _write_rows(folder: Path, rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, Counter[Any]]:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAST', 'learning_rate_share', 'TrainerConfig', 'mixture', 'Trainer', 'replace_folder', 'checkpoint_is_whole',
-           'watch_epochs', 'launch', 'run_share', 'recipe_trainer']
+           'watch_epochs', 'launch', 'run_share', 'recipe_run', 'recipe_trainer']
 
 # %% ../nbs/06_trainer.ipynb #87d90c64
 import importlib
@@ -32,11 +32,11 @@ from fastcore.basics import patch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-# %% ../nbs/06_trainer.ipynb #8e160298
+# %% ../nbs/06_trainer.ipynb #50a6bf07
 from .collators import BatchPlan, SummarizationCollator, oversample
 from .core import (ConfigError, DataError, RunError, RunFolder, choose_device, choose_precision, end_as_asked,
-                         file_sha256, flush_to_disk, nearest, progress_bar, read_json, stop_signals, write_json,
-                         write_jsonl)
+                         file_sha256, fingerprint, flush_to_disk, nearest, progress_bar, project_folder, read_json,
+                         stop_signals, write_json, write_jsonl)
 from .tasks import apply_tuning, check_tuning
 
 # %% ../nbs/06_trainer.ipynb #e33d15ef
@@ -335,18 +335,23 @@ def checkpoint_is_whole(
     sums = read_json(folder/"manifest.json")
     return all((folder/name).exists() and file_sha256(folder/name) == wanted for name, wanted in sums.items())
 
-# %% ../nbs/06_trainer.ipynb #56670993
+# %% ../nbs/06_trainer.ipynb #d7f4e37f
 @patch
 def _learning(self: Trainer) -> dict[str, torch.nn.Parameter]:
     return {name: one for name, one in self.raw_model.named_parameters() if one.requires_grad}
 
 @patch
+def _kept(self: Trainer) -> dict[str, Tensor]:
+    "The weights that learn, and what the model counts beside them, such as a running mean."
+    model = self.raw_model
+    return self._learning() | {name: one for name, one in model.named_buffers() if name in model.state_dict()}
+
+@patch
 def _tensors(self: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    "The learning weights, and the optimiser's state by name of the weight it belongs to."
-    weights = self._learning()
-    states = {name: self.optimizer.state.get(one, {}) for name, one in weights.items()}
+    "What the model has learnt, and the optimiser's state by name of the weight it belongs to."
+    states = {name: self.optimizer.state.get(one, {}) for name, one in self._learning().items()}
     moments = {f"{name}|{key}": value for name, state in states.items() for key, value in state.items()}
-    plain = [{name: one.detach().cpu().contiguous() for name, one in part.items()} for part in (weights, moments)]
+    plain = [{name: one.detach().cpu().contiguous() for name, one in part.items()} for part in (self._kept(), moments)]
     return plain[0], plain[1]
 
 @patch
@@ -357,6 +362,8 @@ def _save(self: Trainer, name: str, moments: bool = True) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     weights, optimizer = self._tensors()
+    spoilt = [name for name, one in weights.items() if not one.isfinite().all()]
+    if spoilt: self._refuse(f"the weights {', '.join(spoilt[:3])} are not finite")
     save_file(weights, folder/"model.safetensors")
     if moments: save_file(optimizer, folder/"optimizer.safetensors")
     write_json(folder/"state.json", {"state": self.state, "history": self.history})
@@ -377,10 +384,10 @@ def _newest(self: Trainer) -> Path | None:
     whole = [folder for folder in (self.run.path/"checkpoints"/name for name in LAST) if checkpoint_is_whole(folder)]
     return max(whole, key=lambda folder: read_json(folder/"state.json")["state"]["saves"], default=None)
 
-# %% ../nbs/06_trainer.ipynb #df0a7230
+# %% ../nbs/06_trainer.ipynb #eb2f9ae8
 @patch
 def _load_weights(self: Trainer, folder: Path) -> None:
-    weights, saved = self._learning(), load_file(folder/"model.safetensors")
+    weights, saved = self._kept(), load_file(folder/"model.safetensors")
     if weights.keys() != saved.keys():
         odd = sorted(weights.keys() ^ saved.keys())
         raise RunError(f"{folder.name} holds other weights than this model trains: {odd[:3]}")
@@ -432,7 +439,7 @@ def _stop(self: Trainer) -> None:
     print(f"stopped by {name} at step {step}: the same command goes on from here", flush=True)
     end_as_asked(self.stop)
 
-# %% ../nbs/06_trainer.ipynb #a9a74165
+# %% ../nbs/06_trainer.ipynb #4dbd5a0c
 def _add(sums: dict[str, list[float]], name: str, loss: float, rows: float) -> None:
     "Add to a task's sum of losses and its number of rows."
     before = sums.get(name, [0.0, 0])
@@ -447,7 +454,9 @@ def _step(self: Trainer, micro: Sequence[Sequence[int]]) -> dict[str, list[float
         with nullcontext() if place == len(micro) else self.accelerator.no_sync(self.model):
             name, _, loss = self._forward(self.model, self.train, numbers)
             self.accelerator.backward(loss * (self.weights[name] * len(numbers) / rows))
-        _add(sums, name, float(loss.detach()) * len(numbers), len(numbers))
+        mean = float(loss.detach())
+        if not math.isfinite(mean): self._refuse(f"the loss of task '{name}' is {mean}")
+        _add(sums, name, mean * len(numbers), len(numbers))
     self._update()
     return sums
 
@@ -460,7 +469,17 @@ def _update(self: Trainer) -> None:
     self.optimizer.step()
     self.optimizer.zero_grad()
 
-# %% ../nbs/06_trainer.ipynb #eedb9f19
+# %% ../nbs/06_trainer.ipynb #3fefd4f4
+@patch
+def _refuse(self: Trainer, what: str) -> None:
+    "End the run where a figure is not finite; what the gradients hold is forgotten."
+    self.optimizer.zero_grad()
+    place = f"step {self.state['step']} of epoch {self.state['epoch']}"
+    raise RunError(f"{what} at {place}, and training cannot go on; the checkpoints stay as they were. "
+                   f"Lower the learning rate ({self.config.learning_rate:g} at its peak), or look for labels "
+                   "that are out of range")
+
+# %% ../nbs/06_trainer.ipynb #61fc5322
 @patch
 def _batches(self: Trainer, epoch: int) -> list[list[int]]:
     "The batches of an epoch, their number a multiple of the processes."
@@ -487,7 +506,7 @@ def _steps(self: Trainer, epoch: int) -> list[list[list[int]]]:
     size = self.config.accumulation
     return [mine[start:start + size] for start in range(0, len(mine), size)]
 
-# %% ../nbs/06_trainer.ipynb #86ecb9c0
+# %% ../nbs/06_trainer.ipynb #70060d53
 @patch
 def _epoch(self: Trainer, bar: Any) -> None:
     "Train the rest of the epoch in hand; whoever measured or wrote before may have left the model without dropout."
@@ -513,7 +532,7 @@ def _between_steps(self: Trainer, epoch_ends: bool) -> None:
     if due: self._save_last()
     if due or now - self.told_at >= 5: self._tell("running")
 
-# %% ../nbs/06_trainer.ipynb #6f88e0ac
+# %% ../nbs/06_trainer.ipynb #88c07e74
 @patch
 def _losses(self: Trainer) -> dict[str, float]:
     "The epoch's mean loss as it was minimised, and that of each task where there are several."
@@ -535,7 +554,7 @@ def _error(self: Trainer, validation: dict[str, float]) -> float:
         errors[name] = self.weights[name] * validation[key]
     return sum(errors.values()) / sum(self.weights.values())
 
-# %% ../nbs/06_trainer.ipynb #cc632282
+# %% ../nbs/06_trainer.ipynb #e0d4a2b9
 _WATCHERS: list[Callable[[dict[str, Any]], None]] = []
 
 @contextmanager
@@ -556,6 +575,9 @@ def _tell_watchers(self: Trainer, rows: Sequence[dict[str, Any]]) -> None:
 def _record(self: Trainer) -> bool:
     "Measure the epoch, write the history, and say whether it is the best so far."
     validation, seen = self.evaluate(self.validation) | self.judge(), self.evaluate(self.sample)
+    for name in self.heads:
+        loss = validation[self._key(name, "loss")]
+        if not math.isfinite(loss): self._refuse(f"the validation loss of task '{name}' is {loss}")
     error, mix = self._error(validation), self._mix(self.state["epoch"]) if self.several else {}
     best = self.state["best"] is None or error < self.state["best"]
     row = {"epoch": self.state["epoch"], "step": self.state["step"]} | self._losses()
@@ -569,7 +591,7 @@ def _record(self: Trainer) -> bool:
     self._tell_watchers([row])
     return best
 
-# %% ../nbs/06_trainer.ipynb #b074f632
+# %% ../nbs/06_trainer.ipynb #8d43c4ee
 @patch
 def _announce(self: Trainer, row: dict[str, Any], mix: dict[str, dict[str, int]]) -> None:
     "Write an epoch's figures, print them, and hand them to the tracker."
@@ -592,7 +614,7 @@ def _lines(self: Trainer, row: dict[str, Any], mix: dict[str, dict[str, int]]) -
         error = f"val {head.monitor.replace('_', ' ')} {row[f'val_{name}_{head.monitor}']:.4f}"
         yield f"  {name}: {rows:,} rows ({rows / total:.0%}), {batches:,} batches, {tokens:,} tokens; {error}"
 
-# %% ../nbs/06_trainer.ipynb #bc6c62ba
+# %% ../nbs/06_trainer.ipynb #f36bb114
 @patch
 def fit(self: Trainer) -> list[dict[str, Any]]: # The history, one row an epoch
     "Train, or go on where the run was stopped; the best epoch's weights stay in the model."
@@ -624,11 +646,12 @@ def _begin(self: Trainer) -> None:
 
 @patch
 def _is_over(self: Trainer) -> bool:
-    "Whether all epochs are done, or the last validations brought nothing."
+    "Whether all epochs are done, the best one has no error left, or the last validations brought nothing."
+    if self.state["best"] == 0: return True
     stale = sum(row["epoch"] > max(self.state["best_epoch"], self.staged) for row in self.history)
     return self.state["epoch"] > self.config.epochs or stale >= self.config.patience
 
-# %% ../nbs/06_trainer.ipynb #66a22272
+# %% ../nbs/06_trainer.ipynb #b5da1375
 @patch
 def _full_epoch(self: Trainer, bar: Any) -> None:
     "Train an epoch, measure it where that is due, save it."
@@ -643,7 +666,7 @@ def _full_epoch(self: Trainer, bar: Any) -> None:
     self._tell("running")
     self.accelerator.wait_for_everyone()
 
-# %% ../nbs/06_trainer.ipynb #22030018
+# %% ../nbs/06_trainer.ipynb #ad15d8ee
 @patch
 def gradient_conflict(
     self: Trainer,
@@ -676,7 +699,7 @@ def _cosine(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
         sums += [float(first @ second), float(first @ first), float(second @ second)]
     return float(sums[0] / np.sqrt(sums[1] * sums[2])) if sums[1] * sums[2] else 0.0
 
-# %% ../nbs/06_trainer.ipynb #360238e8
+# %% ../nbs/06_trainer.ipynb #a0c3b634
 def launch(
     function: str, # What each process runs: "module:function"
     argument: str, # The one text it gets
@@ -694,7 +717,7 @@ def launch(
         for line in running.stdout or (): print(line, end="", flush=True)
     if running.returncode: raise RunError(f"{processes} processes ended with code {running.returncode}: see above")
 
-# %% ../nbs/06_trainer.ipynb #87da04d6
+# %% ../nbs/06_trainer.ipynb #1ee6d2fc
 def run_share(
     function: str, # "module:function"
     argument: str, # The one text it gets
@@ -706,7 +729,21 @@ def run_share(
     module, name = function.split(":")
     getattr(importlib.import_module(module), name)(argument)
 
-# %% ../nbs/06_trainer.ipynb #557b34b8
+# %% ../nbs/06_trainer.ipynb #50f2bd12
+def recipe_run(
+    name: str, # The recipe's, with which the folder's name begins
+    identity: dict[str, Any], # What makes the run itself: parameters, data
+    parameters: Any, # Of the recipe: `out`, the folder ("" for one under `runs/`), and `restart`
+    work: Callable[[RunFolder], None], # Trains and saves in the folder; the last it does is to say "finished"
+) -> RunFolder: # The finished run
+    "Do a recipe's run, go on with it, or find it finished."
+    folder = parameters.out or project_folder()/"runs"/f"{name}-{fingerprint(identity)[:10]}"
+    with RunFolder(folder, identity).start(parameters.restart) as run:
+        if run.state != "finished": work(run)
+        else: print("this run is finished and is reported again without training; restart=True trains anew")
+    return run
+
+# %% ../nbs/06_trainer.ipynb #86b4cead
 def recipe_trainer(
     parameters: Any, # Of a recipe: `tuning`, `device`, `seed`, and settings by the names of `TrainerConfig`
     model: Any, # A `TextModel`, or a module with `tasks`, `heads` and `encoder`; as built

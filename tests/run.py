@@ -17,9 +17,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import yaml
@@ -29,6 +31,7 @@ NBS, LIB = ROOT / "nbs", ROOT / "leximl"
 NOTEBOOKS = sorted(path for path in NBS.glob("*.ipynb") if not path.name.startswith(("_", "report_")))
 STAGES = [path for path in NOTEBOOKS if path.name[:2].isdigit()]
 RUNS = [path for path in NOTEBOOKS if path not in STAGES and path.stem != "index"]
+ALONE = ("benchmark", "train_multitask")  # run notebooks that get both cores: one compares speeds, one trains longest
 SMOKE_SECONDS = 180  # a run notebook with no parameter ends within this, on two cores
 NOWHERE = "http://127.0.0.1:9"  # a proxy that answers nothing: a download fails at once
 OFFLINE = {name: NOWHERE for kind in ("http", "https", "all") for name in (f"{kind}_proxy", f"{kind}_proxy".upper())}
@@ -38,15 +41,15 @@ class Check(NamedTuple):
     "One counted check."
     name: str
     function: Callable[[], str | None]
-    at_once: bool  # beside another one of its group: two run at a time
+    alone: bool  # it gets both cores and the files for itself; of the others two run at a time, a thread each
 
 
 CHECKS: list[Check] = []
 
 
-def check(name: str, at_once: bool = False) -> Callable:
+def check(name: str, alone: bool = False) -> Callable:
     "Register the function below as a check."
-    return lambda function: CHECKS.append(Check(name, function, at_once)) or function
+    return lambda function: CHECKS.append(Check(name, function, alone)) or function
 
 
 class Ended(NamedTuple):
@@ -104,7 +107,7 @@ def contents() -> dict[str, str]:
             for path in [*NOTEBOOKS, *LIB.glob("*.py")]}
 
 
-@check("export and clean leave no difference")
+@check("export and clean leave no difference", alone=True)
 def _() -> None:
     before = contents()
     succeed(execute(tool("nbdev_export")))
@@ -217,7 +220,7 @@ def stage_passes(path: Path) -> None:
 
 
 for path in NOTEBOOKS:
-    if path not in RUNS: check(f"cells of {path.stem}", at_once=True)(partial(stage_passes, path))
+    if path not in RUNS: check(f"cells of {path.stem}")(partial(stage_passes, path))
 
 
 # --- The run notebooks, each in an empty project
@@ -228,7 +231,8 @@ def papermill(name: str, *parameters: str, project: Path | None = None, limit: f
     project = project or Path(tempfile.mkdtemp(prefix=f"{name}-"))
     options = [part for pair in zip(parameters[::2], parameters[1::2], strict=True) for part in ("-p", *pair)]
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", NBS / f"{name}.ipynb", "out.ipynb", *options]
-    return project, execute(*command, cwd=project, limit=limit, JUPYTER_PREFER_ENV_PATH="1", **OFFLINE)
+    threads = {} if name in ALONE else {"OMP_NUM_THREADS": "1"}
+    return project, execute(*command, cwd=project, limit=limit, JUPYTER_PREFER_ENV_PATH="1", **OFFLINE, **threads)
 
 
 def form_holds(path: Path) -> str:
@@ -249,9 +253,20 @@ def smoke(name: str) -> tuple[Path, Ended]:
     return papermill(name, limit=2 * SMOKE_SECONDS)
 
 
-def runs_alone(name: str) -> str:
+LOCKS = {path.stem: Lock() for path in RUNS}
+
+
+@contextmanager
+def finished(name: str) -> Iterator[tuple[Path, Ended]]:
+    "The project that the notebook's run with no parameter has left, for one check at a time, and that run."
+    with LOCKS[name]:
+        project, ended = smoke(name)
+        yield project, succeed(ended)
+
+
+def runs_by_itself(name: str) -> str:
     "A run notebook runs offline with no parameter, in time."
-    seconds = succeed(smoke(name)[1]).seconds
+    with finished(name) as (_, ended): seconds = ended.seconds
     assert seconds < SMOKE_SECONDS, f"took {seconds:.0f} s, not under {SMOKE_SECONDS}"
     return f"{seconds:.0f} s"
 
@@ -267,62 +282,62 @@ def refused(parameters: dict[str, str], words: list[str]) -> None:
 
 for path in RUNS: check(f"form of {path.stem}")(partial(form_holds, path))
 
+for path in RUNS:
+    if path.stem not in ALONE: check(f"run of {path.stem}")(partial(runs_by_itself, path.stem))
+
+
+@check("the same train again, with `restart false`, trains nothing")
+def _() -> str:
+    with finished("train") as (project, first):
+        histories = {path: path.stat().st_mtime_ns for path in project.glob("runs/**/history.jsonl")}
+        assert histories, "the first run left no history.jsonl under runs/"
+        again = succeed(papermill("train", "restart", "false", project=project)[1])
+        assert histories == {path: path.stat().st_mtime_ns for path in project.glob("runs/**/history.jsonl")}
+    return f"{again.seconds:.0f} s after {first.seconds:.0f} s"
+
+
+# --- Trials, and one notebook after another
+
+
+def under_fire(trial: str, **environment: str) -> str:
+    "A trial of its own, with kills: its last line counts its checks."
+    program, environment = ROOT / "tests" / f"{trial}_trial.py", environment | OFFLINE | {"OMP_NUM_THREADS": "1"}
+    return succeed(execute(sys.executable, program, **environment)).text.splitlines()[-1]
+
+
+check("the journal under fire")(partial(under_fire, "journal", no_proxy="127.0.0.1"))
+check("the search under fire")(partial(under_fire, "search"))
+
+
+@check("evaluate judges what train left")
+def _() -> None:
+    with finished("train") as (project, _):
+        succeed(papermill("evaluate", "folder", "filters/uplifting/v1", project=project)[1])
+
+
+@check("calibrate, label, train and evaluate, one after the other")
+def _() -> str:
+    with finished("calibrate") as (project, first):
+        seconds = first.seconds + succeed(papermill("label", project=project)[1]).seconds
+        labels, = project.glob("runs/label-*/labeled_articles.jsonl")
+        seconds += succeed(papermill("train", "data", str(labels), project=project)[1]).seconds
+        seconds += succeed(papermill("evaluate", "folder", "filters/uplifting/v1", project=project)[1]).seconds
+    assert seconds < 360, f"took {seconds:.0f} s, not under 360"
+    return f"{seconds:.0f} s"
+
+
+# --- Short ones at the end, so that neither of the two waits long for the other; then those that run alone
+
+
 for title, parameters, words in [
     ("misspelt parameter", {"filtre": "uplifting"}, ["ParameterError", "filtre", "filter"]),
     ("wrong type", {"epochs": "many"}, ["ParameterError", "epochs", "many"]),
     ("wrong truth value", {"restart": "perhaps"}, ["ParameterError", "restart", "perhaps"]),
     ("unknown filter", {"filter": "upliftin"}, ["upliftin", "sustainability_tech_deployment", "uplifting"]),
     ("secret", {"api_key": "x"}, ["ParameterError", "api_key", "environment"]),
-]: check(f"train refuses: {title}", at_once=True)(partial(refused, parameters, words))
+]: check(f"train refuses: {title}")(partial(refused, parameters, words))
 
-for path in RUNS: check(f"run of {path.stem}")(partial(runs_alone, path.stem))
-
-
-@check("the same train again, with `restart false`, trains nothing")
-def _() -> str:
-    project, first = smoke("train")
-    succeed(first)
-    histories = {path: path.stat().st_mtime_ns for path in project.glob("runs/**/history.jsonl")}
-    assert histories, "the first run left no history.jsonl under runs/"
-    again = succeed(papermill("train", "restart", "false", project=project)[1])
-    assert histories == {path: path.stat().st_mtime_ns for path in project.glob("runs/**/history.jsonl")}
-    return f"{again.seconds:.0f} s after {first.seconds:.0f} s"
-
-
-@check("evaluate judges what train left")
-def _() -> None:
-    project, first = smoke("train")
-    succeed(first)
-    succeed(papermill("evaluate", "folder", "filters/uplifting/v1", project=project)[1])
-
-
-# --- Oracles
-
-
-@check("the journal under fire")
-def _() -> str:
-    ended = succeed(execute(sys.executable, ROOT / "tests" / "journal_trial.py", **OFFLINE, no_proxy="127.0.0.1"))
-    return ended.text.splitlines()[-1]
-
-
-@check("calibrate, label, train and evaluate, one after the other")
-def _() -> str:
-    project, first = smoke("calibrate")
-    seconds = succeed(first).seconds + succeed(papermill("label", project=project)[1]).seconds
-    labels, = project.glob("runs/label-*/labeled_articles.jsonl")
-    seconds += succeed(papermill("train", "data", str(labels), project=project)[1]).seconds
-    seconds += succeed(papermill("evaluate", "folder", "filters/uplifting/v1", project=project)[1]).seconds
-    assert seconds < 360, f"took {seconds:.0f} s, not under 360"
-    return f"{seconds:.0f} s"
-
-
-# --- The search
-
-
-@check("the search under fire")
-def _() -> str:
-    ended = succeed(execute(sys.executable, ROOT / "tests" / "search_trial.py", **OFFLINE))
-    return ended.text.splitlines()[-1]
+for name in ALONE: check(f"run of {name}", alone=True)(partial(runs_by_itself, name))
 
 
 # --- Counting
@@ -350,8 +365,8 @@ def main() -> int:
     if options.l: return 0
     results: list[bool] = []
     with tempfile.TemporaryDirectory(prefix="leximl-") as tempfile.tempdir:
-        for at_once, group in groupby(chosen, key=lambda check: check.at_once):
-            with ThreadPoolExecutor(2 if at_once else 1) as pool: results += pool.map(passes, group)
+        for alone, group in groupby(chosen, key=lambda check: check.alone):
+            with ThreadPoolExecutor(1 if alone else 2) as pool: results += pool.map(passes, group)
     print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
     return 0 if results and all(results) else 1
 
