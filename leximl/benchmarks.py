@@ -9,7 +9,7 @@ __all__ = ['BATCH', 'INSTRUCTION', 'BenchmarkParameters', 'take_turns', 'naive_s
            'compare_epoch', 'compare_classifier_training', 'make_quick_classifier', 'compare_classifying',
            'compare_soft_writing', 'compare_story_training', 'compare_int8']
 
-# %% ../nbs/21_benchmarks.ipynb #a44be0f2
+# %% ../nbs/21_benchmarks.ipynb #2beef7de
 import copy
 import io
 import os
@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -536,7 +537,7 @@ def _generated(loaded: LoadedAdapter, prompt: str, vectors: Tensor, length: int,
         found += [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return found
 
-# %% ../nbs/21_benchmarks.ipynb #287f9b58
+# %% ../nbs/21_benchmarks.ipynb #8ac6b578
 def _plain_training(network: Any, train: list[dict[str, Any]], valid: list[dict[str, Any]],
                     asked: StoryHyperparameters, epochs: int) -> None:
     "What one writes by hand: the same batches, optimiser, schedule, clipping and measuring, no file."
@@ -545,7 +546,7 @@ def _plain_training(network: Any, train: list[dict[str, Any]], valid: list[dict[
     optimizer = torch.optim.AdamW([{"params": decayed[0], "weight_decay": asked.weight_decay},
                                    {"params": decayed[1], "weight_decay": 0.0}], lr=asked.learning_rate, fused=True)
     rounds = [plan.batches(lengths, asked.seed, epoch) for epoch in range(1, epochs + 1)]
-    total, steps = sum(map(len, rounds)), iter(range(10**9))
+    total, steps = sum(map(len, rounds)), count()
     for batches in rounds:
         network.train()
         for numbers in batches:

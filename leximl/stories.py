@@ -58,7 +58,7 @@ def _why_not(sentence: Any) -> str:
         return f"unknown verb: '{words[1]}' in '{sentence}'{nearest(words[1], verbs)}"
     return f"unknown sentence: '{sentence}'; one is like 'Bob turns left.' or 'Bob follows Ann.'"
 
-# %% ../nbs/16_stories.ipynb #485d4e7e
+# %% ../nbs/16_stories.ipynb #86263fc2
 class Heading(NamedTuple):
     "Where an actor goes, and where that comes from."
     direction: str # One of `DIRECTIONS`
@@ -70,11 +70,17 @@ def headings(
 ) -> dict[str, Heading]: # Actor → where it goes at the end, in the order of the openings
     "Do a story's sentences one by one; one that breaks a rule is a `DataError`."
     found: dict[str, Heading] = {}
+    for _, found in _steps(record): pass
+    return found
+
+def _steps(record: Mapping[str, Any]) -> Iterator[tuple[Event, dict[str, Heading]]]:
+    "Each sentence's event, and where everybody goes after it; the same dict grows from step to step."
+    found: dict[str, Heading] = {}
     for sentence in record["story"]:
         event = read_event(sentence)
         _check_event(event, found, sentence)
         found[event.actor] = _after(event, found)
-    return found
+        yield event, found
 
 def _after(event: Event, found: Mapping[str, Heading]) -> Heading:
     "Where an actor goes after an event."
@@ -98,16 +104,13 @@ def simulate(
     "Where everybody goes when the story is over."
     return {actor: heading.direction for actor, heading in headings(record).items()}
 
-# %% ../nbs/16_stories.ipynb #60197543
+# %% ../nbs/16_stories.ipynb #69fefdd9
 _ARROWS = dict(zip(DIRECTIONS, "↑→↓←"))
 
 def _moments(record: Mapping[str, Any]) -> Iterator[tuple[int, Event, dict[str, Heading]]]:
     "Each event with its column, all openings in column 0, and where everybody goes after it."
-    found, column = dict[str, Heading](), 0
-    for sentence in record["story"]:
-        event = read_event(sentence)
-        _check_event(event, found, sentence)
-        found[event.actor] = _after(event, found)
+    column = 0
+    for event, found in _steps(record):
         column += bool(event.source)
         yield column if event.source else 0, event, dict(found)
 

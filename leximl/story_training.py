@@ -162,7 +162,7 @@ class EpochKeeper:
         self.history = [row for _, row in read_jsonl(path)] if path.exists() else []
         self.tracker = open_tracker(tracker, run)
 
-# %% ../nbs/16e_story_training.ipynb #332bcd5e
+# %% ../nbs/16e_story_training.ipynb #12983d43
 @patch
 def keep(
     self: EpochKeeper,
@@ -197,7 +197,7 @@ def is_over(
     "Whether nothing is left to learn, or nothing better came for long."
     if not done: return False
     best = rank_epochs(self.history)[0]
-    return (best["accuracy"] == 1 and best["loss"] <= SURE) or done - best["epoch"] >= patience
+    return selection_error(1 - best["accuracy"], best["loss"], 1) == 0 or done - best["epoch"] >= patience
 
 # %% ../nbs/16e_story_training.ipynb #062b1a0e
 @patch

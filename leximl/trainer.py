@@ -335,7 +335,7 @@ def checkpoint_is_whole(
     sums = read_json(folder/"manifest.json")
     return all((folder/name).exists() and file_sha256(folder/name) == wanted for name, wanted in sums.items())
 
-# %% ../nbs/06_trainer.ipynb #d7f4e37f
+# %% ../nbs/06_trainer.ipynb #fab0be3c
 @patch
 def _learning(self: Trainer) -> dict[str, torch.nn.Parameter]:
     return {name: one for name, one in self.raw_model.named_parameters() if one.requires_grad}
@@ -343,8 +343,8 @@ def _learning(self: Trainer) -> dict[str, torch.nn.Parameter]:
 @patch
 def _kept(self: Trainer) -> dict[str, Tensor]:
     "The weights that learn, and what the model counts beside them, such as a running mean."
-    model = self.raw_model
-    return self._learning() | {name: one for name, one in model.named_buffers() if name in model.state_dict()}
+    saved = self.raw_model.state_dict().keys()
+    return self._learning() | {name: one for name, one in self.raw_model.named_buffers() if name in saved}
 
 @patch
 def _tensors(self: Trainer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
