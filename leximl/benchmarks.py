@@ -34,7 +34,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerBase, T5Confi
 from transformers import __version__ as transformers_version
 from transformers.utils import logging as transformers_logging
 
-# %% ../nbs/21_benchmarks.ipynb #f8e4e678
+# %% ../nbs/21_benchmarks.ipynb #1dbc69b9
 from .adapters import LoadedAdapter, generate_summaries
 from .calibration import fit_calibration, fit_intervals
 from .classifiers import (ClassifierParameters, LoadedClassifier, PreparedTexts, Pupil, class_probabilities,
@@ -55,7 +55,7 @@ from .story_models import StoryModel, encode_stories, new_story_model
 from .story_networks import PADDING
 from .story_runs import StoryParameters
 from .story_runs import prepare as prepare_stories
-from .story_training import StoryHyperparameters, TransformerTrainer, check_hyperparameters
+from .story_training import ANY_LENGTH, StoryHyperparameters, TransformerTrainer, check_hyperparameters
 from .summary_data import PROMPT
 from .t5_weights import TransformerConfig
 from .tasks import Task, TextModel, build_model, load_tokenizer, minilm_folder, save_model
@@ -537,11 +537,11 @@ def _generated(loaded: LoadedAdapter, prompt: str, vectors: Tensor, length: int,
         found += [text.strip() for text in loaded.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
     return found
 
-# %% ../nbs/21_benchmarks.ipynb #8ac6b578
+# %% ../nbs/21_benchmarks.ipynb #7439c4e1
 def _plain_training(network: Any, train: list[dict[str, Any]], valid: list[dict[str, Any]],
                     asked: StoryHyperparameters, epochs: int) -> None:
     "What one writes by hand: the same batches, optimiser, schedule, clipping and measuring, no file."
-    plan, lengths = BatchPlan(asked.token_budget, asked.batch_size), [len(one["input_ids"]) for one in train]
+    plan, lengths = BatchPlan(ANY_LENGTH, asked.batch_size), [len(one["input_ids"]) for one in train]
     decayed = [[one for one in network.parameters() if (one.dim() > 1) == whole] for whole in (True, False)]
     optimizer = torch.optim.AdamW([{"params": decayed[0], "weight_decay": asked.weight_decay},
                                    {"params": decayed[1], "weight_decay": 0.0}], lr=asked.learning_rate, fused=True)
@@ -582,10 +582,10 @@ def _train_kept(model: StoryModel, train: list[dict[str, Any]], valid: list[dict
         with RunFolder(folder, {}).start() as run:
             TransformerTrainer(run).train(model, train, valid, train, valid, {}, epochs)
 
-# %% ../nbs/21_benchmarks.ipynb #649df979
+# %% ../nbs/21_benchmarks.ipynb #7ead233c
 def compare_story_training(
     parameters: StoryParameters, # Which stories
-    epochs: int = 6, # Of each training, at least 1
+    epochs: int = 20, # Of each training, at least 1: the more, the less the set-up counts
     rounds: int = 3, # Rounds, in which both ways take turns
 ) -> dict[str, Any]: # `table`: way → seconds an epoch, stories a second; `ratios`
     "Train the transformer here, and by a plain loop that measures the same and keeps nothing."

@@ -439,7 +439,7 @@ def _stop(self: Trainer) -> None:
     print(f"stopped by {name} at step {step}: the same command goes on from here", flush=True)
     end_as_asked(self.stop)
 
-# %% ../nbs/06_trainer.ipynb #4dbd5a0c
+# %% ../nbs/06_trainer.ipynb #991e3d1d
 def _add(sums: dict[str, list[float]], name: str, loss: float, rows: float) -> None:
     "Add to a task's sum of losses and its number of rows."
     before = sums.get(name, [0.0, 0])
@@ -448,7 +448,7 @@ def _add(sums: dict[str, list[float]], name: str, loss: float, rows: float) -> N
 @patch
 def _step(self: Trainer, micro: Sequence[Sequence[int]]) -> dict[str, list[float]]:
     "One optimiser step over some batches; by task the sum of the rows' losses, and the rows."
-    torch.manual_seed((self.config.seed * 1_000_003 + self.state["step"]) * 64 + self.accelerator.process_index)
+    self._seed_step()
     rows, sums = sum(map(len, micro)), dict[str, list[float]]()
     for place, numbers in enumerate(micro, 1):
         with nullcontext() if place == len(micro) else self.accelerator.no_sync(self.model):
@@ -459,6 +459,13 @@ def _step(self: Trainer, micro: Sequence[Sequence[int]]) -> dict[str, list[float
         _add(sums, name, mean * len(numbers), len(numbers))
     self._update()
     return sums
+
+@patch
+def _seed_step(self: Trainer) -> None:
+    "Seed what dropout draws from; `torch.manual_seed` would note the call stack too, for a GPU that may never be used."
+    seed = (self.config.seed * 1_000_003 + self.state["step"]) * 64 + self.accelerator.process_index
+    on_cpu = self.accelerator.device.type == "cpu"
+    (torch.default_generator.manual_seed if on_cpu else torch.manual_seed)(seed)
 
 @patch
 def _update(self: Trainer) -> None:
@@ -614,18 +621,27 @@ def _lines(self: Trainer, row: dict[str, Any], mix: dict[str, dict[str, int]]) -
         error = f"val {head.monitor.replace('_', ' ')} {row[f'val_{name}_{head.monitor}']:.4f}"
         yield f"  {name}: {rows:,} rows ({rows / total:.0%}), {batches:,} batches, {tokens:,} tokens; {error}"
 
-# %% ../nbs/06_trainer.ipynb #f36bb114
+# %% ../nbs/06_trainer.ipynb #c682737c
 @patch
 def fit(self: Trainer) -> list[dict[str, Any]]: # The history, one row an epoch
     "Train, or go on where the run was stopped; the best epoch's weights stay in the model."
     self._begin()
     main = self.accelerator.is_main_process
     bar = progress_bar(self.total_steps, "training", initial=self.state["step"], disable=not main)
-    with stop_signals() as self.stop, bar:
-        while not self._is_over(): self._full_epoch(bar)
-    self.load_best()
-    self.accelerator.end_training()
+    try:
+        with stop_signals() as self.stop, bar:
+            while not self._is_over(): self._full_epoch(bar)
+        self.load_best()
+    finally: self._leave()
     return self.history
+
+@patch
+def _leave(self: Trainer) -> None:
+    "End the trackers, and leave the other processes: first the model's wrapper, then the group that it shares in."
+    if self.model is not self.raw_model:
+        self.model = self.raw_model
+        self.accelerator.free_memory()
+    self.accelerator.end_training()
 
 @patch
 def _begin(self: Trainer) -> None:

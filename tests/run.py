@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -59,13 +60,19 @@ class Ended(NamedTuple):
     seconds: float
 
 
-def execute(*command: str | Path, cwd: Path = ROOT, limit: float = 900, **environment: str) -> Ended:
-    "Run a command to its end; its outputs together, without colours. Code 124: stopped after `limit` seconds."
-    start = time.time()
+def execute(*command: str | Path, cwd: Path = ROOT, limit: float = 400, **environment: str) -> Ended:
+    """Run a command to its end; its outputs together, without colours.
+
+    Code 124: stopped after `limit` seconds, and a Python program says where it stood.
+    """
+    start, environment = time.time(), os.environ | {"PYTHONFAULTHANDLER": "1"} | environment
     with tempfile.TemporaryFile() as output:  # not a pipe, which an orphan of the command would hold open
-        try: code = subprocess.run(command, cwd=cwd, env=os.environ | environment, timeout=limit,
-                                   stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT).returncode
-        except subprocess.TimeoutExpired: code = 124
+        with subprocess.Popen(command, cwd=cwd, env=environment,
+                              stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT) as process:
+            try: code = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGABRT)
+                code = 124
         output.seek(0)
         text = output.read().decode(errors="replace")
     return Ended(code, re.sub(r"\x1b\[[0-9;]*m", "", text), time.time() - start)
