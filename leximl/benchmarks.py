@@ -62,12 +62,12 @@ from .tasks import Task, TextModel, build_model, load_tokenizer, minilm_folder, 
 from .trainer import learning_rate_share
 from .transformer import GenerationConfig, Linear, Transformer, kept_megabytes
 
-# %% ../nbs/21_benchmarks.ipynb #ff5ec276
+# %% ../nbs/21_benchmarks.ipynb #7302119e
 class BenchmarkParameters(Parameters):
     "Parameters of `benchmark.ipynb`: on which filter, articles and models to measure, and how often."
     folder: str = Field("", description="Deployed filter; empty takes filters/uplifting/v1, trained if need be")
     data: str = Field("", description="Articles to score, JSON Lines; empty takes the samples that ship")
-    articles: int = Field(64, ge=8, description="Articles to score in each round")
+    articles: int = Field(32, ge=8, description="Articles to score in each round")
     rounds: int = Field(2, ge=1, description="Rounds, in which both ways take turns")
     stream: int = Field(4000, ge=2000, description="Articles to stream while memory is watched")
     transformer_rounds: int = Field(1, ge=1, description="Rounds of each comparison with transformers' T5")
