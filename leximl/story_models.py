@@ -114,21 +114,23 @@ def _said(self: StoryModel, batch: list[dict[str, Any]]) -> Tensor:
     outputs = self.network.eval()(**inputs, task="answer")["answer"]
     return self.network.heads["answer"].predict(outputs)[:, 1]
 
-# %% ../nbs/16d_story_models.ipynb #d941f2a1
+# %% ../nbs/16d_story_models.ipynb #caa82f0f
 def encode_stories(
     records: Sequence[dict[str, Any]], # Stories
     vocabulary: StoryVocabulary, # Gives the numbers
+    name: str = "", # What errors call the stories, such as "training"
 ) -> list[dict[str, Any]]: # `input_ids`, and `labels` where the answer is known
     "Check some stories and turn them into numbers."
-    if isinstance(records, dict): raise DataError("stories must be a list, got one story: put it in brackets")
-    examples = []
+    said, examples = f"{name} ".lstrip(), []
+    if isinstance(records, dict): raise DataError(f"{said}stories must be a list, got one story: put it in brackets")
     for number, record in enumerate(records):
         try: check_story(record)
-        except DataError as error: raise DataError(f"story {number}: {error}") from None
+        except DataError as error: raise DataError(f"{said}story {number}: {error}") from None
         actors = {sentence.split()[0] for sentence in record["story"]}
         new = set(story_tokens(record)) - vocabulary.numbers.keys() - actors
         if new:
-            raise DataError(f"story {number}: the model has never seen the word '{min(new)}': train it on such stories")
+            raise DataError(f"{said}story {number}: the model has never seen the word '{min(new)}': train it on such "
+                            "stories")
         examples.append(vocabulary.encode(record))
     return examples
 

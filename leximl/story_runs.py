@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 from pydantic import Field
 
-# %% ../nbs/16f_story_runs.ipynb #31a5a10e
+# %% ../nbs/16f_story_runs.ipynb #b2cc6a42
 from .core import (DataError, ParameterError, Parameters, Quarantine, RunFolder, fingerprint, read_json,
                          read_jsonl, write_jsonl)
 from .group_metrics import MetricsProcessor, error_analysis, worst_errors
@@ -26,7 +26,7 @@ from .metrics import wilson_interval
 from .reports import Table
 from .stories import (BANDS, DENSITIES, generate_stories, own_splits, read_stories, split_by_actors, split_kind,
                             story_features, story_text)
-from .story_models import StoryModel, encode_stories, find_architecture, new_story_model
+from .story_models import encode_stories, find_architecture, new_story_model
 from .story_training import LSTMTrainer, ModelTrainer, TransformerTrainer, rank_epochs
 from .trainer import recipe_run
 
@@ -137,7 +137,7 @@ def _split(records: list[dict[str, Any]], seed: int) -> _Splits:
     "Their own splits, or by number of actors where they bring none."
     return own_splits(records) if any("split" in one for one in records) else split_by_actors(records, seed)
 
-# %% ../nbs/16f_story_runs.ipynb #fb8083b4
+# %% ../nbs/16f_story_runs.ipynb #0f55a28b
 REPORT_ONLY = {"data", "stories", "examples", "models", "checkpoint_interval", "tracker", "out", "restart", "config"}
 TRAINERS: dict[str, type[ModelTrainer]] = {"torch": TransformerTrainer, "keras": LSTMTrainer} # By framework
 
@@ -148,7 +148,7 @@ def _work(parameters: StoryParameters, prepared: PreparedStories, run: RunFolder
     model = new_story_model(parameters.model, prepared.train, parameters.seed, parameters.device)
     trainer = TRAINERS[parameters.framework](run, prepared.name, parameters.tracker, parameters.models,
                                              parameters.checkpoint_interval)
-    judged = _encode_judged(model, prepared)
+    judged = {split: encode_stories(records, model.vocabulary, split) for split, records in prepared.judged.items()}
     asked = parameters.model_dump(include=set(trainer.hyperparameters.model_fields))
     if parameters.model in WARMUP: asked["warmup"] = WARMUP[parameters.model]
     learn, choose = prepared.train, prepared.valid
@@ -159,14 +159,6 @@ def _work(parameters: StoryParameters, prepared: PreparedStories, run: RunFolder
                     (record | {"probability": one} for record, one in zip(records, probabilities)))
     model.save(run.path/"model")
     run.update_status("finished", progress=1.0)
-
-def _encode_judged(model: StoryModel, prepared: PreparedStories) -> dict[str, list[dict[str, Any]]]:
-    "The judged stories in numbers; what the model could not read ends the run before training."
-    found = {}
-    for split, records in prepared.judged.items():
-        try: found[split] = encode_stories(records, model.vocabulary)
-        except DataError as error: raise DataError(f"{split} {error}") from None
-    return found
 
 # %% ../nbs/16f_story_runs.ipynb #9384f98e
 @dataclass

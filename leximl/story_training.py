@@ -286,7 +286,7 @@ class ModelTrainer(ABC):
     ) -> None:
         "Train, or go on; the best epoch's weights are then in the model."
 
-# %% ../nbs/16e_story_training.ipynb #a58cc64c
+# %% ../nbs/16e_story_training.ipynb #0175e11d
 @patch
 def _checked(self: ModelTrainer, model: StoryModel, name: str, data: Sequence[dict[str, Any]],
              metadata: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -295,8 +295,7 @@ def _checked(self: ModelTrainer, model: StoryModel, name: str, data: Sequence[di
         raise ParameterError(f"{type(self).__name__} trains {self.framework} models, got one of {model.framework}")
     if len(data) != len(metadata):
         raise DataError(f"{len(data)} {name} stories and {len(metadata)} rows of metadata: give one dict for each")
-    try: examples = encode_stories(data, model.vocabulary)
-    except DataError as error: raise DataError(f"{name} {error}") from None
+    examples = encode_stories(data, model.vocabulary, name)
     for number, one in enumerate(examples):
         if "labels" not in one: raise DataError(f"{name} story {number} has no answer: there is nothing to judge by")
     return examples
@@ -429,7 +428,7 @@ def _batches(examples: Sequence[dict[str, Any]], words: int, asked: StoryHyperpa
     batches.begin(1)
     return batches
 
-# %% ../nbs/16e_story_training.ipynb #fd79f888
+# %% ../nbs/16e_story_training.ipynb #1dbafb2b
 def _callback(trainer: Any, keeper: EpochKeeper, batches: Any, asked: StoryHyperparameters, stop: StopRequest,
               end_epoch: Any) -> Any:
     "What Keras calls back: choose the batches, watch the loss, answer a signal, and end the epoch."
@@ -442,7 +441,8 @@ def _callback(trainer: Any, keeper: EpochKeeper, batches: Any, asked: StoryHyper
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             "Look at the loss, and whether a signal came."
             if not math.isfinite(logs["loss"]):
-                raise _ended(f"the loss is {logs['loss']} at batch {batch} of epoch {batches.epoch}")
+                raise _ended(f"the loss is {logs['loss']} at batch {batch} of epoch {batches.epoch}, with a learning "
+                             f"rate of {asked.learning_rate:g}")
             if stop.number: trainer._stop(stop, batches.epoch - 1)
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             "Judge and save; end where nothing better came for long."
